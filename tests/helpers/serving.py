@@ -7,7 +7,8 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,14 @@ from vlduet.serve.worker import Worker
 def user_message(*parts: Part) -> tuple[Message, ...]:
     """Return a conversation of one user message."""
     return (Message("user", parts),)
+
+
+def becomes_true(condition: Callable[[], object]) -> bool:
+    """Return whether `condition()` is true within half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(condition())
 
 
 class OutputRecorder:

@@ -101,6 +101,13 @@ class TextTokenizer:
         return tokenizer is self.tokenizer and _version(tokenizer) == self._version
 
     @cached_property
+    def max_token_chars(self) -> int:
+        """Number of characters of the longest token: n tokens spell n times as many at most."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        return max(map(len, [*vocabulary, *added]), default=1)
+
+    @cached_property
     def _alias_pattern(self) -> re.Pattern[str]:
         """Pattern of all control tokens, longer ones first."""
         contents = sorted(self._aliases, key=len, reverse=True)

@@ -22,10 +22,11 @@ from vlduet.model.limits import TRUNCATION_REMEDY
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import Hit
 from vlduet.serve.content import UrlLoader
+from vlduet.serve.embedding_jobs import EmbeddingResult
 from vlduet.serve.fields import check_fields
 from vlduet.serve.schemas import EmbeddingOptions, RequestBody
 from vlduet.serve.validation import describe_validation_error
-from vlduet.serve.worker import EmbeddingResult, Worker
+from vlduet.serve.worker import Worker
 
 try:
     from fastapi import HTTPException, Request, Response

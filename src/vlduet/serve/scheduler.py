@@ -1,19 +1,22 @@
 """Scheduler of chats: waiting ones, ones whose prompt is being prepared, and running ones.
 
-All methods run in one thread, the worker's.
+waiting -> preparing (decoded and tokenised, in other threads) -> prefilling (images pass the
+vision tower, one per step) -> running
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.records import Message, extract_images
-from vlduet.data.sequences import Sequence
+from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
+from vlduet.model.embedding import find_visible_chars
 from vlduet.model.generation.continuous import (
     ContinuousBatcher,
     Delta,
@@ -55,15 +58,26 @@ class ChatRequest:
 class ChatScheduler:
     """Answers chats concurrently: every step generates one token for each running chat.
 
+    `take_waiting` and `prepare` are called by the threads that prepare prompts, the other methods
+    by the model's thread. Both hold the worker's lock for `take_waiting`.
+
     Args:
         model: model that generates.
         waiting_requests: queue that is consumed from the left; other threads may append to it.
+        render_lock: lock to hold while the model's renderer is used.
     """
 
-    def __init__(self, model: DuetModel, waiting_requests: deque[ChatRequest]):
+    def __init__(
+        self, model: DuetModel, waiting_requests: deque[ChatRequest], render_lock: threading.Lock
+    ):
         self.model, self.waiting_requests = model, waiting_requests
-        # Requests whose prompts are being prepared, with the iterator that does it.
-        self._prefilling: deque[tuple[ChatRequest, Iterator[Sequence | None]]] = deque()
+        self._render_lock = render_lock
+        # Requests whose prompts other threads are preparing.
+        self._preparing: set[ChatRequest] = set()
+        # Prompts that are prepared, or the error of their preparation.
+        self._prepared: deque[tuple[ChatRequest, Sequence | Exception]] = deque()
+        # Requests with their prompts, and those of their images that must pass the vision tower.
+        self._prefilling: deque[tuple[ChatRequest, Sequence, list[PreparedImage]]] = deque()
         # Running requests by their entry in the batcher, which is None while there are none.
         self._running: dict[Request, ChatRequest] = {}
         self.num_generated_tokens = 0
@@ -72,15 +86,40 @@ class ChatScheduler:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self.waiting_requests or self._prefilling or self._running)
+        return bool(self._prepared or self._prefilling or self._running)
 
     @property
     def num_running(self) -> int:
         """Number of chats that are answered or whose prompt is being prepared."""
-        return len(self._running) + len(self._prefilling)
+        num_prepared = len(self._preparing) + len(self._prepared) + len(self._prefilling)
+        return len(self._running) + num_prepared
+
+    def has_waiting(self) -> bool:
+        """Return whether `take_waiting` would return a chat."""
+        return bool(self.waiting_requests) and self.num_running < MAX_CONCURRENT_CHATS
+
+    def take_waiting(self) -> ChatRequest | None:
+        """Return the next chat to prepare while fewer than MAX_CONCURRENT_CHATS are in work."""
+        while self.has_waiting():
+            request = self.waiting_requests.popleft()
+            if not request.cancelled:
+                self._preparing.add(request)
+                return request
+        return None
+
+    def prepare(self, request: ChatRequest) -> None:
+        """Prepare the prompt of a chat from `take_waiting` for `step`; raises nothing."""
+        outcome: Sequence | Exception | None
+        try:
+            outcome = prepare_chat_sequence(self.model, request, render_lock=self._render_lock)
+        except Exception as error:  # noqa: BLE001 - it concerns this request only
+            outcome = error
+        if outcome is not None:
+            self._prepared.append((request, outcome))
+        self._preparing.discard(request)
 
     def step(self) -> None:
-        """Generate one token for each running chat, then prepare one image of the waiting chats.
+        """Generate one token for each running chat, then encode one image of the waiting chats.
 
         Outputs go to the chats' `on_output`. Chats whose prompts are complete start to run. Raises
         nothing: an error of one chat is delivered to it, and one of the generation, such as a lack
@@ -88,7 +127,7 @@ class ChatScheduler:
         """
         try:
             self._generate_tokens()
-            self._admit_waiting_requests()
+            self._admit_prepared_requests()
         except Exception as error:  # noqa: BLE001 - delivered to the chats that it ends
             requests = list(self._running.values())
             self._running, self._batcher = {}, None  # releases their memory before anything else
@@ -97,8 +136,10 @@ class ChatScheduler:
 
     def fail_all(self, error: Exception) -> None:
         """Deliver `error` to every running and waiting chat; the scheduler is not usable after."""
-        preparing = [request for request, _ in self._prefilling]
-        for request in (*self._running.values(), *preparing, *self.waiting_requests):
+        prepared = [request for request, _ in self._prepared]
+        prepared += [request for request, _, _ in self._prefilling]
+        waiting = [*self._preparing, *prepared, *self.waiting_requests]
+        for request in (*self._running.values(), *waiting):
             request.deliver(error)
 
     def _generate_tokens(self) -> None:
@@ -123,13 +164,13 @@ class ChatScheduler:
         if not self._running:
             self._batcher = None
 
-    def _admit_waiting_requests(self) -> None:
+    def _admit_prepared_requests(self) -> None:
         """Start the chats whose prompts are complete, prompts of similar length in one forward.
 
-        Prepares one image at most for the others. An error is delivered to the chats of that
-        forward only, which end.
+        Encodes one image at most of the others. An error is delivered to the chats of that forward
+        only, which end.
         """
-        prepared = list(self._prepare_prompts())
+        prepared = list(self._encode_images())
         lengths = [len(sequence) for _, sequence in prepared]
         for group in group_by_length(lengths, FORWARD_MAX_TOKENS):
             requests = [prepared[i][0] for i in group]
@@ -160,53 +201,73 @@ class ChatScheduler:
         self._running |= zip(entries, requests, strict=True)
         self._deliver_outputs(outputs)
 
-    def _prepare_prompts(self) -> Iterator[tuple[ChatRequest, Sequence]]:
-        """Yield the chats whose prompts are complete, with their prompts, and forget them here.
+    def _encode_images(self) -> Iterator[tuple[ChatRequest, Sequence]]:
+        """Yield the chats whose images have passed the vision tower, and forget them here.
 
-        Waiting chats are taken from the queue while fewer than MAX_CONCURRENT_CHATS are in work.
-        Then chats take turns until one image was prepared, so that running chats wait for one image
-        at most. Cancelled chats are dropped; an error is delivered to its own chat, which is
-        dropped too.
+        Chats take turns until one image was encoded, so that running chats wait for one image at
+        most. Cancelled chats are dropped; an error is delivered to its own chat, which is dropped
+        too.
         """
-        num_chats = len(self._running) + len(self._prefilling)
-        while num_chats < MAX_CONCURRENT_CHATS and self.waiting_requests:
-            request = self.waiting_requests.popleft()
-            self._prefilling.append((request, prepare_chat_sequence(self.model, request)))
-            num_chats += 1
-        self._prefilling = deque(pair for pair in self._prefilling if not pair[0].cancelled)
-        while self._prefilling:
-            request, preparation = self._prefilling.popleft()
-            try:
-                sequence = next(preparation)
-            except Exception as error:  # noqa: BLE001 - it concerns this request only
-                request.deliver(error)
+        while self._prepared:
+            request, outcome = self._prepared.popleft()
+            if isinstance(outcome, Exception):
+                request.deliver(outcome)
                 continue
-            if sequence is None:
-                self._prefilling.append((request, preparation))
-                return
-            yield request, sequence
+            images = [image for _, image in outcome.images]
+            self._prefilling.append((request, outcome, images))
+        self._prefilling = deque(entry for entry in self._prefilling if not entry[0].cancelled)
+        has_encoded = False
+        for _ in range(len(self._prefilling)):
+            request, sequence, images = self._prefilling.popleft()
+            if images and not has_encoded:
+                has_encoded = True
+                try:
+                    self.model.vision_features([images.pop(0)])  # into the cache
+                except Exception as error:  # noqa: BLE001 - it concerns this request only
+                    request.deliver(error)
+                    continue
+            if images:
+                self._prefilling.append((request, sequence, images))
+            else:
+                yield request, sequence
+        self._prefilling.rotate(-1)  # another chat is the first one in the next step
 
 
-def prepare_chat_sequence(model: DuetModel, request: ChatRequest) -> Iterator[Sequence | None]:
-    """Prepare the prompt of a chat: yield None after each of its images, then the prompt, once.
+def prepare_chat_sequence(
+    model: DuetModel, request: ChatRequest, *, render_lock: threading.Lock
+) -> Sequence | None:
+    """Return the prompt of a chat, which ends where the answer begins; None if it is cancelled.
 
-    The caller can so do other work between two images, whose decoding may take a second each. The
-    prompt is not truncated and ends where the answer begins.
+    The images are decoded and the texts tokenised, without truncation. `render_lock` is held while
+    the model's renderer is used.
 
     Raises:
         DataError: the prompt and the longest answer exceed the context length, or a broken image.
     """
     prepared_images = {}
-    for image in extract_images(part for message in request.messages for part in message.parts):
+    parts = [part for message in request.messages for part in message.parts]
+    for image in extract_images(parts):
+        if request.cancelled:
+            return None
         prepared_images[image] = model.prepare_image(image)
-        yield None
+    context_length = model.backbone.context_length or UNLIMITED_TOKENS
     renderer = model.renderer.with_options(
         max_tokens=UNLIMITED_TOKENS, prepare_image=prepared_images.__getitem__
     )
-    sequence = renderer.render_chat(request.messages, add_generation_prompt=True)
-    context_length = model.backbone.context_length
-    if context_length is not None and len(sequence) + request.max_new_tokens > context_length:
-        lengths = f"{len(sequence)} tokens and an answer of up to {request.max_new_tokens}"
-        message = f"{lengths}: the model's window is {context_length}"
-        raise DataError(message, place="messages", fix="Send less, or a smaller max_tokens")
-    yield sequence
+    with render_lock:
+        text = "".join(part for part in parts if isinstance(part, str))
+        max_token_chars = renderer.layouts.tokenizer.max_token_chars
+        is_certain = find_visible_chars(text, context_length * max_token_chars) < len(text)
+        if is_certain:  # and tokens take time
+            raise _too_long_error(f"more than {context_length}", request, context_length)
+        sequence = renderer.render_chat(request.messages, add_generation_prompt=True)
+    if len(sequence) + request.max_new_tokens > context_length:
+        raise _too_long_error(str(len(sequence)), request, context_length)
+    return sequence
+
+
+def _too_long_error(num_tokens: str, request: ChatRequest, context_length: int) -> DataError:
+    """Return the error of a chat whose prompt has so many tokens."""
+    lengths = f"{num_tokens} tokens and an answer of up to {request.max_new_tokens}"
+    message = f"{lengths}: the model's window is {context_length}"
+    return DataError(message, place="messages", fix="Send less, or a smaller max_tokens")

@@ -7,13 +7,12 @@ import json
 import socket
 import struct
 import threading
-import time
 
 import numpy as np
 import pytest
 
 from helpers import tiny
-from helpers.serving import RunningServer
+from helpers.serving import RunningServer, becomes_true
 from vlduet.data.records import ImageRef, Message
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
@@ -222,14 +221,6 @@ def open_request(server, path, body):
     return connection
 
 
-def becomes_true(condition) -> bool:
-    """Return whether `condition()` is true within half a minute."""
-    deadline = time.monotonic() + 30
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
-
-
 @pytest.fixture
 def chats(monkeypatch):
     """All chats that the server creates."""
@@ -257,17 +248,17 @@ def test_request_of_a_disconnected_client_is_not_started(server, duet, chats, mo
     monkeypatch.setattr(resources_module, "DISCONNECT_POLL_SECONDS", 0.05)
     worker = server.service.worker
     embedded, prefilled = [], []
-    encode_document, prefill_inputs = duet.encode_document, duet.prefill_inputs
+    embed_sequences, prefill_inputs = duet.embed_sequences, duet.prefill_inputs
 
-    def record_embedding(items, **options):
-        embedded.extend(items)
-        return encode_document(items, **options)
+    def record_embedding(sequences):
+        embedded.extend(sequences)
+        return embed_sequences(sequences)
 
     def record_prefill(sequences):
         prefilled.extend(sequences)
         return prefill_inputs(sequences)
 
-    monkeypatch.setattr(duet, "encode_document", record_embedding)
+    monkeypatch.setattr(duet, "embed_sequences", record_embedding)
     monkeypatch.setattr(duet, "prefill_inputs", record_prefill)
     release = threading.Event()
     blocking_call = worker.submit_call(release.wait)
@@ -275,13 +266,13 @@ def test_request_of_a_disconnected_client_is_not_started(server, duet, chats, mo
         open_request(server, CHAT, chat_body("hi")),
         open_request(server, EMBED, {"input": ["cancelled"]}),
     ):
-        assert becomes_true(lambda: chats and worker._embedding_jobs)
-        future = worker._embedding_jobs[0].future
+        assert becomes_true(lambda: chats and worker._embeddings.jobs)
+        future = worker._embeddings.jobs[0].future
     assert becomes_true(lambda: chats[0].cancelled and future.cancelled())
     release.set()
     assert blocking_call.result(60)
     assert server.request(EMBED, {"input": "next"})[0] == 200
-    assert embedded == [("next",)] and not prefilled
+    assert len(embedded) == 1 and not prefilled
 
 
 # ------------------------------------------------------------------ wrong requests
@@ -291,7 +282,7 @@ WRONG_CHATS = [
     (chat_body(image_url_part("/etc/passwd")), "messages[0].content[0].image_url: an image that"),
     (chat_body(image_url_part("https://a.b/c.png")), "data: URL"),
     (chat_body(image_url_part("data:;base64,?")), "broken base64"),
-    (chat_body(image_url_part("data:,x")), "unknown kind of file"),
+    (chat_body(text_part("a"), image_url_part("data:,x")), "messages[0].content[1].image_url: the"),
     (chat_body(image_url_part("data:,\ud800")), "not UTF-8"),
     (chat_body({"type": "input_audio"}), "messages[0].content[0].type: type 'input_audio' is not"),
     (chat_body({"type": "text"}), "messages[0].content[0].text: missing"),
@@ -415,11 +406,11 @@ def test_busy_server_answers_503_with_retry_after(server, monkeypatch):
 def test_unexpected_error_answers_500_without_details_and_the_server_continues(
     server, duet, monkeypatch
 ):
-    def broken_encode(items, **options):
+    def broken_encode(sequences):
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patched:
-        patched.setattr(duet, "encode_document", broken_encode)
+        patched.setattr(duet, "embed_sequences", broken_encode)
         status, body = server.request(EMBED, {"input": "a"})
     assert status == 500 and "secret" not in json.dumps(body)
     assert server.request(EMBED, {"input": "a"})[0] == 200

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from helpers import tiny
-from helpers.serving import OutputRecorder, hold_worker, submit_chat, user_message
+from helpers.serving import OutputRecorder, becomes_true, hold_worker, submit_chat, user_message
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError, ImageError
 from vlduet.model.generation import continuous
@@ -48,10 +50,12 @@ def test_prompt_and_longest_answer_must_fit_into_the_context(model):
     num_tokens = len(model.renderer.render_chat(messages, add_generation_prompt=True))
     limit = model.backbone.context_length - num_tokens
     request = ChatRequest(messages, print, limit)
-    (sequence,) = prepare_chat_sequence(model, request)
-    assert len(sequence) == num_tokens
+    lock = threading.Lock()
+    sequence = prepare_chat_sequence(model, request, render_lock=lock)
+    assert sequence is not None and len(sequence) == num_tokens
     with pytest.raises(DataError, match=f"and an answer of up to {limit + 1}: the model's window"):
-        next(prepare_chat_sequence(model, ChatRequest(messages, print, limit + 1)))
+        too_long = ChatRequest(messages, print, limit + 1)
+        prepare_chat_sequence(model, too_long, render_lock=lock)
 
 
 def test_answer_ends_before_its_stop_string(model, worker, monkeypatch):
@@ -108,6 +112,7 @@ def test_new_chat_joins_running_ones_and_waits_only_for_its_images(endless, work
         if delta.completion_tokens == 2:  # called in the worker's thread, between two tokens
             worker.submit_chat(ChatRequest(user_message(*images), with_images.outputs.put, 4))
             worker.submit_chat(ChatRequest(user_message("and I?"), with_text.outputs.put, 4))
+            assert becomes_true(lambda: len(worker._scheduler._prepared) == 2)
         num_outputs.append((with_text.outputs.qsize(), with_images.outputs.qsize()))
         first.outputs.put(delta)
 
@@ -142,7 +147,7 @@ def test_cancelled_chats_are_not_started(endless, worker, monkeypatch):
         for request in requests:
             worker.submit_chat(request)
     assert len(submit_chat(worker, user_message("next"), 3).read_deltas()) == 3
-    assert len(prepared) == 1
+    assert 1 <= len(prepared) <= 2, "one in each of the threads that prepare"
     assert [recorder.outputs.qsize() for recorder in recorders] == [0, 0]
 
 
@@ -159,6 +164,7 @@ def test_prompts_of_different_lengths_are_read_in_separate_forwards(endless, wor
     monkeypatch.setattr(scheduler_module, "FORWARD_MAX_TOKENS", 400)
     with hold_worker(worker):
         recorders = [submit_chat(worker, user_message("word " * n), 3) for n in (1, 60, 2, 3)]
+        assert becomes_true(lambda: len(worker._scheduler._prepared) == 4)
     assert [len(recorder.read_deltas()) for recorder in recorders] == [3, 3, 3, 3]
     assert sorted(batch_sizes) == [1, 3]
 
@@ -175,6 +181,7 @@ def test_number_of_concurrent_chats_is_limited(model, worker, monkeypatch):
     monkeypatch.setattr(model.backbone.lm_head, "forward", record)
     with hold_worker(worker):
         recorders = [submit_chat(worker, user_message(text), 5) for text in QUESTIONS]
+        assert becomes_true(lambda: len(worker._scheduler._prepared) == 2)
     texts = [recorder.read_text().strip() for recorder in recorders]
     assert max(batch_sizes) == 2
     assert texts == [generate(model, user_message(text), 5) for text in QUESTIONS]
@@ -269,6 +276,6 @@ def test_chat_that_cannot_start_fails_alone(endless, worker, monkeypatch, failur
 
 
 def test_invalid_generation_config_is_delivered_as_an_error(model, worker, monkeypatch):
-    monkeypatch.setattr(model.backbone.model.generation_config, "repetition_penalty", 2)
+    monkeypatch.setattr(model.backbone.model.generation_config, "no_repeat_ngram_size", -1)
     (error,) = submit_chat(worker, user_message("x")).read_all()
     assert isinstance(error, ValueError)

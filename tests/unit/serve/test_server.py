@@ -315,7 +315,7 @@ def test_a_model_that_fails_to_warm_up_is_an_error(duet, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise broken
 
-    monkeypatch.setattr(duet, "encode_document", fail)
+    monkeypatch.setattr(duet, "embed_sequences", fail)
     with pytest.raises(RuntimeError, match="broken weights"):
         warm_up(worker)
     worker.close()

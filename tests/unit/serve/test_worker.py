@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from helpers import tiny
-from helpers.serving import OutputRecorder, hold_worker, submit_chat, user_message
+from helpers.serving import OutputRecorder, becomes_true, hold_worker, submit_chat, user_message
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError, ImageError, ModelError
+from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.generation.continuous import Delta
+from vlduet.model.limits import accept_truncation
 from vlduet.serve import scheduler as scheduler_module
 from vlduet.serve import worker as worker_module
+from vlduet.serve.embedding_jobs import EmbeddingResult
 from vlduet.serve.scheduler import ChatRequest
 from vlduet.serve.worker import ServerBusyError, Worker
 
@@ -22,27 +26,43 @@ BROKEN_IMAGE = ImageRef(data=b"no picture")
 
 
 @pytest.fixture
-def document_batches(model, monkeypatch):
-    """The items of every call of the model's `encode_document`."""
+def passes(model, monkeypatch):
+    """The sequences of every forward pass that embeds, in order."""
     batches = []
-    encode = model.encode_document
+    embed = model.embed_sequences
 
-    def record(items, **options):
-        batches.append(list(items))
-        return encode(items, **options)
+    def record(sequences):
+        batches.append(list(sequences))
+        return embed(sequences)
 
-    monkeypatch.setattr(model, "encode_document", record)
+    monkeypatch.setattr(model, "embed_sequences", record)
     return batches
 
 
-def is_image(item) -> bool:
-    return isinstance(item, ImageRef)
+@pytest.fixture
+def padded_sizes(model, monkeypatch):
+    """The number of padded tokens of every pass of the language model over more than one token."""
+    sizes = []
+
+    def record(module, args, kwargs):
+        rows, length, _ = kwargs["inputs_embeds"].shape
+        if length > 1:
+            sizes.append(rows * length)
+
+    hook = model.backbone.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    yield sizes
+    hook.remove()
+
+
+def embed(worker, items, *, is_query=False, truncate=False):
+    """Return the vectors of a request."""
+    return worker.submit_embedding(items, is_query=is_query, truncate=truncate).result(60).vectors
 
 
 # ------------------------------------------------------------------ embedding
 
 
-def test_simultaneous_requests_get_the_vectors_of_requests_alone(model, worker, document_batches):
+def test_simultaneous_requests_get_the_vectors_of_requests_alone(model, worker, passes):
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     texts = [words[:length] for length in range(1, 10)]
     queries = []
@@ -56,16 +76,90 @@ def test_simultaneous_requests_get_the_vectors_of_requests_alone(model, worker, 
         np.testing.assert_allclose(future.result(60).vectors, model.encode(items), atol=1e-5)
     for items, future in zip(queries, query_futures, strict=True):
         np.testing.assert_allclose(future.result(60).vectors, model.encode_query(items), atol=1e-5)
-    # 45 documents and six images in turns that cost 32 texts each.
-    assert sum(map(len, document_batches)) == 45 and len(document_batches) == 3
+    assert sum(map(len, passes)) == 51 and len(passes) < 12
 
 
 def test_no_items_give_an_empty_array(model, worker):
     assert worker.submit_embedding([], is_query=True).result(60).vectors.shape == (0, model.dim)
 
 
-def test_turn_has_few_images_and_an_item_of_every_request(model, worker, document_batches):
-    images = [tiny.random_image(i) for i in range(9)]
+def test_tokens_and_images_of_a_turn_are_bounded_while_a_chat_runs(
+    endless, worker, monkeypatch, padded_sizes
+):
+    """Short, long and very long texts and images: the padded tokens between two tokens."""
+    tokens, images = 160, 2
+    monkeypatch.setattr(worker_module, "TOKENS_PER_TURN", tokens)
+    monkeypatch.setattr(worker_module, "IMAGES_PER_TURN", images)
+    num_encoded = [0]
+    compute_vision_features = endless.backbone.compute_vision_features
+
+    def count_images(prepared):
+        num_encoded[-1] += len(prepared)
+        return compute_vision_features(prepared)
+
+    items = ["a", "b " * 60, "c", "d " * 30, "e " * 200, *map(tiny.random_image, range(7)), "f"]
+    expected = endless.encode(items)
+    monkeypatch.setattr(endless, "feature_cache", FeatureCache(None))
+    monkeypatch.setattr(endless.backbone, "compute_vision_features", count_images)
+    padded_sizes.clear()
+    turns: list[list[int]] = []
+    futures: list[Future[EmbeddingResult]] = []
+    recorder = OutputRecorder()
+
+    def on_output(delta):
+        if not futures:
+            futures.extend(worker.submit_embedding(items, is_query=False) for _ in range(2))
+        turns.append(list(padded_sizes))
+        padded_sizes.clear()
+        num_encoded.append(0)
+        request.cancelled = all(future.done() for future in futures)
+        recorder.outputs.put(delta)
+
+    request = ChatRequest(user_message("go on"), on_output, endless.backbone.context_length // 2)
+    worker.submit_chat(request)
+    assert becomes_true(lambda: request.cancelled)
+    for future in futures:
+        np.testing.assert_allclose(future.result(60).vectors, expected, atol=1e-5)
+    busy = [sum(sizes) for sizes in turns[1:]]
+    if endless.backbone.family.attention_mask_kinds():  # such models read a long text at once
+        busy = [sum(sizes) for sizes in turns[1:] if len(sizes) != 1 or sizes[0] < 200]
+    assert max(busy) <= tokens and sum(size > 0 for size in busy) >= 5
+    assert max(num_encoded) <= images and sum(num_encoded) == 7
+
+
+def test_parts_of_a_long_text_give_its_vector(model, worker, monkeypatch, padded_sizes):
+    monkeypatch.setattr(worker_module, "TOKENS_PER_TURN", 40)
+    monkeypatch.setattr(worker_module, "FREE_TURN_FACTOR", 1)
+    text = "one two three " * 30
+    mixture = (tiny.random_image(), text)
+    expected, expected_mixture = model.encode([text]), model.encode_query([mixture])
+    padded_sizes.clear()
+    finished: list[str] = []
+    with hold_worker(worker):
+        long = worker.submit_embedding([text], is_query=False)
+        long.add_done_callback(lambda _: finished.append("long"))
+        short = worker.submit_embedding(["a", "b"], is_query=False)
+        short.add_done_callback(lambda _: finished.append("short"))
+        assert becomes_true(lambda: sum(len(j.prepared) for j in worker._embeddings.jobs) == 3)
+    np.testing.assert_allclose(long.result(60).vectors, expected, atol=1e-5)
+    if not model.backbone.family.attention_mask_kinds():  # such models read a text at once
+        assert finished[0] == "short" and max(padded_sizes) <= 64
+    np.testing.assert_allclose(embed(worker, [mixture], is_query=True), expected_mixture, atol=1e-5)
+
+
+def test_without_chats_a_turn_embeds_more(model, worker, padded_sizes):
+    items = ["word " * 50] * 12
+    with hold_worker(worker):
+        future = worker.submit_embedding(items, is_query=False)
+        assert becomes_true(lambda: worker._embeddings.jobs[0].num_started == 12)
+    assert len(future.result(60).vectors) == 12
+    factor = worker_module.FREE_TURN_FACTOR
+    limit = worker_module.TOKENS_PER_TURN
+    assert limit < max(padded_sizes) <= limit * factor
+
+
+def test_turn_has_an_item_of_every_request(model, worker, passes):
+    images = [tiny.random_image(i) for i in range(20)]
     finished: list[str] = []
     with hold_worker(worker):
         many = worker.submit_embedding(images, is_query=False)
@@ -74,8 +168,49 @@ def test_turn_has_few_images_and_an_item_of_every_request(model, worker, documen
         single.add_done_callback(lambda _: finished.append("single"))
     np.testing.assert_allclose(many.result(60).vectors, model.encode(images), atol=1e-5)
     assert single.result(60).vectors.shape == (1, model.dim) and finished == ["single", "many"]
-    assert [sum(map(is_image, batch)) for batch in document_batches] == [4, 4, 1]
-    assert "one" in document_batches[0]
+
+
+def test_lengths_and_cuts_are_counted(model, worker):
+    limit = model.renderer.max_tokens
+    long = "word " * limit
+    result = worker.submit_embedding(["a", long], is_query=False, truncate=True).result(60)
+    num_tokens = len(model.renderer.render_embedding(("a",)))
+    assert (result.num_tokens, result.num_truncated) == (num_tokens + limit, 1)
+    expected = model.encode(["a", long], on_truncate=accept_truncation)
+    np.testing.assert_allclose(result.vectors, expected, atol=1e-5)
+    with pytest.raises(DataError, match=rf"input\[1\]: .*the limit is {limit}"):
+        embed(worker, ["a", long])
+    assert worker.read_statistics().embedded_items >= 2
+
+
+def test_text_that_is_certainly_too_long_is_not_tokenised(model, worker, monkeypatch):
+    def refuse_to_tokenise(*_, **__):
+        raise AssertionError("it was tokenised")
+
+    monkeypatch.setattr(type(model.renderer.layouts.tokenizer), "encode", refuse_to_tokenise)
+    with pytest.raises(DataError, match=r"at least \d+ tokens, the limit"):
+        embed(worker, ["x" * 10_000_000])
+    (error,) = submit_chat(worker, user_message("x" * 10_000_000)).read_all()
+    assert isinstance(error, DataError) and "more than" in str(error)
+
+
+def test_slow_image_does_not_block_other_requests_and_chats(model, worker, monkeypatch):
+    release = threading.Event()
+    slow, prepare_image = tiny.random_image(9), model.prepare_image
+
+    def prepare(ref):
+        assert ref != slow or release.wait(60)
+        return prepare_image(ref)
+
+    monkeypatch.setattr(model, "prepare_image", prepare)
+    try:
+        waiting = worker.submit_embedding([slow], is_query=False)
+        assert len(embed(worker, ["a", tiny.random_image(8)])) == 2
+        assert submit_chat(worker, user_message("hi"), 3).read_deltas()
+        assert not waiting.done()
+    finally:
+        release.set()
+    assert len(waiting.result(60).vectors) == 1
 
 
 def test_broken_item_fails_its_own_request_with_its_position(model, worker):
@@ -92,51 +227,52 @@ def test_broken_item_fails_its_own_request_with_its_position(model, worker):
 
 
 def test_thread_survives_errors_of_embeddings_and_calls(model, worker, monkeypatch):
-    def raise_out_of_memory(items, **options):
+    def raise_out_of_memory(sequences):
         raise RuntimeError("out of memory")
 
-    def return_nan(items, **options):
-        return np.full((len(items), model.dim), np.nan)
+    def return_nan(sequences):
+        return np.full((len(sequences), model.dim), np.nan)
 
     with monkeypatch.context() as patched:
-        patched.setattr(model, "encode_query", raise_out_of_memory)
-        patched.setattr(model, "encode_document", return_nan)
+        patched.setattr(model, "embed_sequences", raise_out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
-            worker.submit_embedding(["a"], is_query=True).result(60)
+            embed(worker, ["a"], is_query=True)
+        patched.setattr(model, "embed_sequences", return_nan)
         with pytest.raises(ModelError, match=r"not finite for input\[0\]"):
-            worker.submit_embedding(["a"], is_query=False).result(60)
+            embed(worker, ["a"])
         with pytest.raises(ZeroDivisionError):
             worker.submit_call(lambda: 1 / 0).result(60)
     assert worker.submit_embedding(["a"], is_query=True).result(60).vectors.shape == (1, model.dim)
 
 
 def test_vector_that_is_not_finite_fails_its_own_request(model, worker, monkeypatch):
-    encode = model.encode_document
+    embed_sequences = model.embed_sequences
+    num_tokens = len(model.renderer.render_embedding(("large",)))
 
-    def encode_with_overflow(items, **options):
-        vectors = encode(items, **options)
-        vectors[[item == "large" for item in items]] = np.inf
+    def embed_with_overflow(sequences):
+        vectors = embed_sequences(sequences)
+        vectors[[len(sequence) == num_tokens for sequence in sequences]] = np.inf
         return vectors
 
-    monkeypatch.setattr(model, "encode_document", encode_with_overflow)
+    monkeypatch.setattr(model, "embed_sequences", embed_with_overflow)
     with hold_worker(worker):
-        good = worker.submit_embedding(["fine"], is_query=False)
+        good = worker.submit_embedding(["excellent"], is_query=False)
         bad = worker.submit_embedding(["a", "large"], is_query=False)
-    np.testing.assert_allclose(good.result(60).vectors, model.encode(["fine"]), atol=1e-5)
+    np.testing.assert_allclose(good.result(60).vectors, model.encode(["excellent"]), atol=1e-5)
     with pytest.raises(ModelError, match=r"input\[1\]"):
         bad.result(60)
 
 
 def test_cancelled_future_and_closed_listener_do_not_harm_others(model, worker, monkeypatch):
     futures = []
-    encode = model.encode_document
+    embed_sequences = model.embed_sequences
 
-    def encode_and_cancel(items, **options):
+    def embed_and_cancel(sequences):
         futures[0].cancel()
-        return encode(items, **options)
+        return embed_sequences(sequences)
 
     with monkeypatch.context() as patched:
-        patched.setattr(model, "encode_document", encode_and_cancel)
+        patched.setattr(model, "embed_sequences", embed_and_cancel)
         with hold_worker(worker):
             futures.append(worker.submit_embedding(["a"], is_query=False))
         assert worker.submit_embedding(["b"], is_query=True).result(60).vectors.shape == (
@@ -162,6 +298,7 @@ def test_embedding_does_not_wait_for_the_end_of_an_answer(model, worker):
     def on_output(delta):
         if not futures:  # called in the worker's thread, between two tokens
             futures.append(worker.submit_embedding(["a dog"], is_query=False))
+            assert becomes_true(worker._embeddings.has_prepared)
         was_done_at[delta.completion_tokens] = futures[0].done()
         recorder.outputs.put(delta)
 
@@ -191,6 +328,13 @@ def test_too_many_waiting_items_are_refused(worker, monkeypatch):
 def test_close_fails_running_preparing_and_waiting_chats(endless, monkeypatch):
     monkeypatch.setattr(scheduler_module, "MAX_CONCURRENT_CHATS", 2)
     worker = Worker(endless)
+    prepare_image = endless.prepare_image
+
+    def prepare_after_close(image):
+        assert becomes_true(lambda: worker._closed)
+        return prepare_image(image)
+
+    monkeypatch.setattr(endless, "prepare_image", prepare_after_close)
     recorder = OutputRecorder()
     later: list[OutputRecorder] = []
 
