@@ -11,6 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of tests/fuzz."""
+    parser.addoption("--fuzz-rounds", type=int, help="mutations of each format in tests/fuzz")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first mutation")
+
+
 def pytest_report_header() -> str:
     """Print which mutants the tests include, so that a failure can be repeated."""
     from mutants.mutation import count_dozens, current_dozen, load_mutants

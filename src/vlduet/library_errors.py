@@ -113,7 +113,10 @@ def translate_library_errors(
         yield
     except VLDuetError:
         raise
-    except READ_ERRORS as error:
+    except Exception as error:
+        # The tokenizers library raises instances of Exception itself.
+        if not isinstance(error, READ_ERRORS) and type(error) is not Exception:
+            raise
         if is_lack_of_memory(error) or is_lack_of_space(error):
             message, fix = describe_library_error(error) or ("", fix)
         else:

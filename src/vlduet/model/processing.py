@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
-from vlduet.errors import ImageError, ModelError
+from vlduet.errors import ImageError, ModelError, quote_value
 from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model.chat_template import read_chat_template
 from vlduet.model.config_limits import check_token_ids
@@ -68,12 +68,20 @@ class Processor:
 
         Its `eos_token_ids` are the tokenizer's end token, then those of `generation_config`, each
         once; none if neither has any.
+
+        Raises:
+            ModelError: an end token of `generation_config` is not an integer.
         """
         # The generation config may end answers with another token than texts (Gemma, GLM).
         answer_ends = generation_config.eos_token_id
         if not isinstance(answer_ends, list):
             answer_ends = [answer_ends]
         end_ids = [i for i in (tokenizer.eos_token_id, *answer_ends) if i is not None]
+        for token_id in end_ids:
+            if type(token_id) is not int:
+                message = f"eos_token_id is {quote_value(token_id)}, not a number of a token"
+                place = Path(tokenizer.name_or_path) / "generation_config.json"
+                raise ModelError(message, place=place, fix=COPY_AGAIN)
         return cls(
             tokenizer,
             prepare_image,
@@ -156,6 +164,9 @@ def load_tokenizer_and_image_processor(
                 place=folder,
                 fix="Save the checkpoint with a tokenizer.json",
             )
+        if not isinstance(tokenizer.model_max_length, int | float):
+            message = f"model_max_length is {quote_value(tokenizer.model_max_length)}, not a number"
+            raise ModelError(message, place=folder / "tokenizer_config.json", fix=COPY_AGAIN)
         vocab_size = family.config.get_text_config().vocab_size
         check_token_ids(tokenizer.backend_tokenizer, vocab_size, path=folder / "tokenizer.json")
         if chat_template is None:
