@@ -71,9 +71,9 @@ app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(config.app, name="config")
 app.command(cls=train.TrainCommand)(train.train)
+app.command()(train.compare)
+app.command(cls=retrieval.IndexCommand)(indexing.index)
 for command in (
-    train.compare,
-    indexing.index,
     retrieval.search,
     retrieval.ask,
     indexing.encode,

@@ -1,4 +1,4 @@
-"""`vlduet search` and `ask`."""
+"""`vlduet search` and `ask`, and `vlduet index check`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from vlduet.cli._common import Json, print_json, print_text
 from vlduet.logs import logger, strip_control_characters
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import Hit
 
-WHERE = "Filter on metadata: key=value, key!=value, key<value, 'key in a,b'. Repeat it to combine."
+WHERE = (
+    "Filter on metadata: key=value, !=, <, <=, >, >=, 'key in a,b', 'key contains a'. Combine by "
+    "'and', or repeat it."
+)
+THRESHOLD = "Lowest score of a hit, from -1 to 1."
+SAMPLE = "Number of documents whose neighbours are searched."
+LIKE = "Search what is like the document with this id, instead of a query."
+DISTINCT = "Print only the best of several documents with identical content."
+EXACT = "Compare every document, also if the index has an approximate search."
 MODEL = "Folder of the model, if the index cannot find it."
 
 IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of the index.")]
@@ -32,7 +41,12 @@ def search(
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Text of the query.")] = None,
     *,
     image: ImageFile = None,
+    like: Annotated[str | None, typer.Option("--like", metavar="ID", help=LIKE)] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
+    offset: Annotated[int, typer.Option(min=0, help="Hits left out at the beginning.")] = 0,
+    threshold: Annotated[float | None, typer.Option(help=THRESHOLD)] = None,
+    distinct: Annotated[bool, typer.Option("--distinct", help=DISTINCT)] = False,
+    exact: Annotated[bool, typer.Option("--exact", help=EXACT)] = False,
     where: Filters = None,
     model: OtherModel = None,
     as_json: Json = False,
@@ -43,16 +57,71 @@ def search(
     that did not build the index, and a filter on metadata that no document has are errors.
     """
     from vlduet.encoders.dual import open_embedder
+    from vlduet.errors import RetrievalError
+    from vlduet.retrieval.search import SearchOptions, search_similar
     from vlduet.retrieval.search import search as find_hits
 
+    options = SearchOptions(threshold=threshold, offset=offset, distinct=distinct, exact=exact)
+    query = tuple(part for part in (_image_ref(image), text) if part is not None)
+    if query and like is not None:
+        fix = "Give a query or an id"
+        raise RetrievalError("both a query and --like", place="vlduet search", fix=fix)
     with _open_index(folder) as opened:
-        query = tuple(part for part in (_image_ref(image), text) if part is not None)
-        embedder = open_embedder(model or opened.model_path)
-        hits = find_hits(opened, embedder, query, k=k, where=where)
+        if like is not None:
+            hits = search_similar(opened, like, k=k, where=where, options=options)
+        else:
+            embedder = open_embedder(model or opened.model_path)
+            hits = find_hits(opened, embedder, query, k=k, where=where, options=options)
     if as_json:
         print_json({"index": str(folder), "hits": [_hit_fields(hit) for hit in hits]})
     else:
         _print_hits(hits)
+
+
+def check_index(
+    folder: IndexFolder,
+    *,
+    sample: Annotated[int, typer.Option(min=1, help=SAMPLE)] = 100,
+    as_json: Json = False,
+) -> None:
+    """Print how many of the 10 nearest documents the approximate search of INDEX finds.
+
+    For a random sample of its documents, the neighbours that a search finds are compared with those
+    of an exact search.
+    """
+    from dataclasses import asdict
+
+    from vlduet.retrieval.recall import measure_recall
+
+    with _open_index(folder) as opened:
+        report = measure_recall(opened, sample=sample)
+    if as_json:
+        print_json({"index": str(folder), **asdict(report)})
+        return
+    kind = "approximate" if report.is_approximate else "exact"
+    print_text(
+        f"{folder}: recall@{report.k} {report.recall:.3f} for {report.sample} of {report.count} "
+        f"documents; searches are {kind}: {report.approximate_ms:.1f} ms, "
+        f"with --exact {report.exact_ms:.1f} ms"
+    )
+
+
+class IndexCommand(TyperCommand):
+    """Command ``vlduet index MODEL SOURCE``, which as ``vlduet index check`` is `check_index`.
+
+    A model folder of the name ``check`` is written ``./check``.
+    """
+
+    def make_context(  # type: ignore[override]  # click passes no further arguments
+        self, info_name: str | None, args: list[str], parent: Any = None
+    ) -> Any:
+        """Return the context of the command that the first word of `args` selects."""
+        if args[:1] == ["check"]:
+            checks = typer.Typer(rich_markup_mode=None)
+            checks.command()(check_index)
+            command = typer.main.get_command(checks)
+            return command.make_context(f"{info_name} check", args[1:], parent)
+        return super().make_context(info_name, args, parent)
 
 
 def ask(

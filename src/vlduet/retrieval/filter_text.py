@@ -35,6 +35,8 @@ class TextCondition:
     """Values of ``in``, or the one value of another operator."""
     is_quoted: bool
     """Whether the value, or a value of ``in``, is in quotes and therefore a text."""
+    text: str
+    """The whole text that holds the condition, for the place of an error."""
 
 
 def split_conditions(text: str) -> list[TextCondition]:
@@ -82,7 +84,8 @@ class _Reader:
         values, is_quoted = self._read_values(is_list=operator == "in")
         if operator in ("in", "contains") and values == [""] and not is_quoted:
             raise self._error(f"a value is missing behind '{operator}'")
-        return TextCondition(between if key is None else key, operator, tuple(values), is_quoted)
+        key = between if key is None else key
+        return TextCondition(key, operator, tuple(values), is_quoted, self.text)
 
     def _read_values(self, *, is_list: bool) -> tuple[list[str], bool]:
         """Return the values at the position, and whether one of them is in quotes.

@@ -185,8 +185,10 @@ def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...
             fix = "Combine values of one key by 'in'"
             raise RetrievalError(f"more than {MAX_CONDITIONS} conditions", place="where", fix=fix)
         if isinstance(item, TextCondition):
-            item = _parse_values(item, fields)
-        conditions.append(_resolve(item, fields))
+            condition, place = _parse_values(item, fields), f"where {quote_value(item.text)}"
+        else:
+            condition, place = item, item.place
+        conditions.append(_resolve(condition, fields, place))
     if sum(len(condition.values) for condition in conditions) > MAX_VALUES:
         raise _too_many_values_error("where")
     return tuple(conditions)
@@ -235,10 +237,10 @@ def _parse_value(text: str, kinds: set[str]) -> Scalar:
     return text
 
 
-def _resolve(condition: Condition, fields: FilterFields) -> Condition:
+def _resolve(condition: Condition, fields: FilterFields, place: str) -> Condition:
     """Return a condition whose values have kinds that its key holds.
 
-    Raises RetrievalError as `parse_conditions`.
+    Raises RetrievalError as `parse_conditions`; `place` is the place in its message.
     """
     kinds = _get_kinds(condition.key, fields)
     has_lists = any(kind.endswith(LIST_SUFFIX) for kind in kinds)
@@ -246,19 +248,19 @@ def _resolve(condition: Condition, fields: FilterFields) -> Condition:
     if has_lists is not (condition.operator == "contains") and (has_lists or kinds):
         value = condition.values[0]
         fix = f"Write '{condition.key} contains {_spell(value)}'" if has_lists else "Use ="
-        raise RetrievalError(f"{condition.key} holds {held}", place=condition.place, fix=fix)
+        raise RetrievalError(f"{condition.key} holds {held}", place=place, fix=fix)
     values = []
     for value in condition.values:
         resolved = _resolve_value(value, kinds, is_contained=has_lists)
         if resolved is None:
             message = f"{quote_value(_spell(value))}: {condition.key} holds {held}"
-            raise RetrievalError(message, place=condition.place, fix=f"Compare with {held}")
+            raise RetrievalError(message, place=place, fix="Compare with one of these")
         is_number_as_text = isinstance(resolved, str) and parse_plain_number(resolved) is not None
         if is_number_as_text and condition.operator in ORDER_OPERATORS:
             # As texts, '1000' comes before '9'.
             fix = "Write every value of it as a plain number, such as 12.5, and index it again"
             message = f"{quote_value(resolved)}: {condition.key} holds {held}"
-            raise RetrievalError(message, place=condition.place, fix=fix)
+            raise RetrievalError(message, place=place, fix=fix)
         values.append(resolved)
     is_list = condition.operator == "in"
     return Condition(condition.key, condition.operator, values if is_list else values[0])

@@ -68,6 +68,9 @@ class VectorStore(Protocol):
     def read_hashes(self) -> dict[str, RowHashes]:
         """Return the hashes of every stored row by id."""
 
+    def read_ids(self) -> set[str]:
+        """Return the ids of all stored rows."""
+
     def read_vectors(self, ids: Sequence[str]) -> np.ndarray:
         """Return the vectors of stored ids, float32[N, D]; raise KeyError for an unknown id."""
 

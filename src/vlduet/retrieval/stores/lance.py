@@ -141,6 +141,19 @@ class LanceStore:
         hashes = map(RowHashes, columns["key"], columns["digest"])
         return dict(zip(columns["id"], hashes, strict=True))
 
+    def read_ids(self) -> set[str]:
+        """Return the ids of all stored rows.
+
+        A store that is open for writing reads them once and keeps this set up to date.
+        """
+        if self._ids is not None:
+            return self._ids
+        with self._translate_errors():
+            ids = set(self._table.search().select(["id"]).to_arrow()["id"].to_pylist())
+        if self.write:
+            self._ids = ids
+        return ids
+
     def read_vectors(self, ids: Sequence[str]) -> np.ndarray:
         """Return the vectors of stored ids in the given order, float32[N, D]; N may be 0.
 
@@ -185,7 +198,7 @@ class LanceStore:
             with self._translate_errors():
                 self._table.add_columns(schema)
         # LanceDB's merge_insert compares the ids of all stored rows.
-        stored_ids = self._read_ids()
+        stored_ids = self.read_ids()
         replaced = [row.id for row in rows if row.id in stored_ids]
         new_rows = self._to_arrow(rows, vectors)
         with self._translate_errors():
@@ -201,14 +214,6 @@ class LanceStore:
         ):
             self._compact()
         self._sync_files()
-
-    def _read_ids(self) -> set[str]:
-        """Return the ids of all stored rows, which are read once and then kept up to date."""
-        if self._ids is None:
-            with self._translate_errors():
-                ids = self._table.search().select(["id"]).to_arrow()["id"]
-            self._ids = set(ids.to_pylist())
-        return self._ids
 
     def _to_arrow(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> pa.Table:
         """Return rows and vectors as an Arrow table with every column of the stored table.
@@ -250,7 +255,7 @@ class LanceStore:
         if ids:
             with self._translate_errors():
                 self._table.delete(ids_to_sql(ids))
-            self._read_ids().difference_update(ids)
+            self.read_ids().difference_update(ids)
             self._num_written += len(ids)
             self._sync_files()
 
