@@ -11,13 +11,14 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from vlduet.data.records import ImageRef, Message, extract_images
-from vlduet.errors import DataError
+from vlduet.errors import DataError, ImageError
 from vlduet.model.generation.continuous import SamplingParams
 from vlduet.retrieval.rag import build_messages
 from vlduet.retrieval.search import Hit, search_vector
 from vlduet.serve.content import (
     Content,
     ContentModel,
+    ImagePart,
     UrlLoader,
     check_size,
     make_discriminator,
@@ -139,6 +140,15 @@ class ChatBody(RequestBody):
             raise DataError("the last turn is not a user's", place="messages", fix=fix)
         return tuple(messages)
 
+    def image_places(self) -> list[str]:
+        """Return the paths of all images in the order of the conversation."""
+        return [
+            f"messages[{i}].content[{j}].image_url"
+            for i, message in enumerate(self.messages)
+            for j, part in enumerate(message.content or ())
+            if isinstance(part, ImagePart)
+        ]
+
     @property
     def max_new_tokens(self) -> int:
         """Length limit of the answer."""
@@ -240,12 +250,17 @@ async def _answer(
         sampling_params=body.sampling_params(),
         stop_strings=body.stop_strings(),
     )
+    images = extract_images(part for message in messages for part in message.parts)
+    first = None
     resources.worker.submit_chat(chat)
     try:
         first = await await_while_connected(request, queue.get())
-    except BaseException:
-        chat.cancelled = True
-        raise
+    except ImageError as error:
+        places = dict(zip((image.name for image in images), body.image_places(), strict=False))
+        place = places.get(str(error.place), error.place)
+        raise ImageError(error.message, place=place, fix=error.fix) from None
+    finally:
+        chat.cancelled = first is None
     options = body.stream_options
     has_usage_event = options is not None and options.include_usage is True
     writer = CompletionWriter(resources.name, sources, has_usage_event=has_usage_event)

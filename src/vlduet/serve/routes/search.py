@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from vlduet.errors import DataError, quote_value
@@ -114,14 +114,14 @@ def make_router(resources: Resources) -> APIRouter:
 async def _search_like(resources: Resources, body: SearchBody, document_id: str) -> list[Hit]:
     """Return the documents that are nearest to a document of the index.
 
-    Raises HTTPException 404 for an id that the index lacks, and as `search_similar`.
+    Raises DataError for an id that the index lacks, and as `search_similar`.
     """
     k, where, options = body.k or 10, body.where, body.search_options()
 
     def search_documents(index: Index) -> list[Hit]:
         if index.get_row(document_id) is None:
-            text = f"like: the index has no document {quote_value(document_id)}"
-            raise HTTPException(404, text)
+            message = f"the index has no document {quote_value(document_id)}"
+            raise DataError(message, place="like", fix="Send the id of a hit")
         return search_similar(index, document_id, k=k, where=where, options=options)
 
     return await resources.query_index(search_documents)
