@@ -95,7 +95,7 @@ ENTRY_POINTS: dict[str, set[str]] = {
     "huggingface_hub": {"hub.py", "library_errors.py"},
     "PIL": {"data/images.py"},
     "pillow_heif": {"data/images.py"},
-    "lancedb": {"retrieval/stores/lancedb_import.py"},
+    "lancedb": {"retrieval/stores/lance.py"},
     "pyarrow": {
         "retrieval/stores/lance.py",
         "retrieval/stores/lancedb_import.py",

@@ -254,11 +254,16 @@ def open_model(
         _check_golden_vectors(saved.golden_vectors, model, place=Path(folder))
     model.score_statistics = checkpoint.read_score_statistics(saved.manifest, manifest_path)
     if max_image_tokens is not None:
-        settings = dict(backbone.image_settings)
-        backbone.limit_image_tokens(max_image_tokens)
-        if backbone.image_settings != settings:
-            model.score_statistics = None  # images have other embeddings now
+        _change_image_limit(model, max_image_tokens)
     return model.eval()
+
+
+def _change_image_limit(model: DuetModel, max_image_tokens: int) -> None:
+    """Limit the tokens of an image, in place; other settings end the statistics of scores."""
+    settings = dict(model.backbone.image_settings)
+    model.backbone.limit_image_tokens(max_image_tokens)
+    if model.backbone.image_settings != settings:
+        model.score_statistics = None  # images have other embeddings now
 
 
 def _check_golden_vectors(saved: Tensor, model: DuetModel, *, place: Path) -> None:

@@ -72,11 +72,11 @@ def measure_score_statistics(model: Embedder, records: Sequence[Record]) -> Scor
     records = records[:MAX_CALIBRATION_RECORDS]
     contents = [_list_contents(record) for record in records]
     unrelated = _find_unrelated(records)  # [N, N]
+    vectors = {}
     with log_truncation("statistics of scores") as on_truncate:
-        vectors = {
-            kind: _embed_kind(model, [content.get(kind) for content in contents], on_truncate)
-            for kind in CONTENT_KINDS
-        }
+        for kind in CONTENT_KINDS:
+            contents_of_kind = [content.get(kind) for content in contents]
+            vectors[kind] = _embed_kind(model, contents_of_kind, on_truncate)
     distributions = {}
     for query in CONTENT_KINDS:
         for document in CONTENT_KINDS:

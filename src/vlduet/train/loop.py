@@ -87,10 +87,7 @@ def train(
 
 
 def _train(
-    config: RunConfig,
-    evaluate: Evaluator | None,
-    calibrate: Calibrator | None,
-    resume: ResumeMode,
+    config: RunConfig, evaluate: Evaluator | None, calibrate: Calibrator | None, resume: ResumeMode
 ) -> Path:
     """Train as `train` does, in the process group and with the locked folder."""
     # ---------------------------------------------------------------- set up
@@ -135,11 +132,7 @@ def _train(
         _validate(run, evaluate, metrics, step=run.num_steps, start_time=start_time)
     distributed.barrier()
     if distributed.is_main_process():
-        save_state(run, run.num_steps)
-        run.model.score_statistics = calibrate(run.model) if calibrate else None
-        run.model.save_pretrained(out / "model", provenance=build_provenance(run))
-        if run.quarantine.count:
-            logger.info(str(run.quarantine))
+        _save_results(run, calibrate)
     if metrics:
         metrics.close()
     distributed.barrier()
@@ -174,6 +167,18 @@ def _start_run(config: RunConfig, resume: ResumeMode) -> tuple[TrainingRun, int]
         if not is_resumed:
             save_state(run, 0)
     return run, first_step
+
+
+def _save_results(run: TrainingRun, calibrate: Calibrator | None) -> None:
+    """Write the last state and the model, with statistics of its scores; log the dropped records.
+
+    The state comes first, so that no step is lost if what follows fails.
+    """
+    save_state(run, run.num_steps)
+    run.model.score_statistics = calibrate(run.model) if calibrate else None
+    run.model.save_pretrained(run.config.out / "model", provenance=build_provenance(run))
+    if run.quarantine.count:
+        logger.info(str(run.quarantine))
 
 
 def _validate(

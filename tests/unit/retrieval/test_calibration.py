@@ -135,7 +135,7 @@ def paint_query(folder: Path) -> ImageRef:
     return ImageRef(path=paint(folder / "query.png", (250, 0, 0)))
 
 
-def test_a_search_judges_its_hits(tmp_path: Path, model: FakeModel) -> None:
+def test_hits_of_a_search_have_their_share(tmp_path: Path, model: FakeModel) -> None:
     build_index(model, write_pairs(tmp_path), to=tmp_path / "index")
     with Index.open(tmp_path / "index") as index:
         assert [hit.p for hit in search(index, model, "red")] == [None] * 4
