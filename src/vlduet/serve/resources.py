@@ -16,11 +16,13 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import ValidationError
 
-from vlduet.data.records import Part, Parts
+from vlduet.data.records import Part, Parts, as_parts
 from vlduet.errors import DataError, MissingExtraError, ModelError, RetrievalError
 from vlduet.model.limits import TRUNCATION_REMEDY
+from vlduet.retrieval.calibration import find_content_kind, judge_hits
+from vlduet.retrieval.filters import Where
 from vlduet.retrieval.index import Index
-from vlduet.retrieval.search import Hit
+from vlduet.retrieval.search import DEFAULT_OPTIONS, Hit, SearchOptions, search_vector
 from vlduet.serve.content import UrlLoader
 from vlduet.serve.embedding_jobs import EmbeddingResult
 from vlduet.serve.fields import check_fields
@@ -38,7 +40,7 @@ logger = logging.getLogger("uvicorn.error")
 
 DISCONNECT_POLL_SECONDS = 1.0
 """Interval at which a waiting request checks whether its client is still connected."""
-MAX_JSON_DELIMITERS = 2_000_000
+MAX_JSON_DELIMITERS = 500_000
 """Number of commas and opening brackets in a body. Python decodes JSON without a pause for other
 threads: a body of 64 MiB that consists of them would stop the server for seconds."""
 CLIENT_CLOSED_REQUEST = 499
@@ -199,6 +201,29 @@ class Resources:
             return function(index)
 
         return await asyncio.to_thread(refresh_and_call)
+
+    async def search(
+        self,
+        query: Part | Parts,
+        vector: np.ndarray,
+        *,
+        k: int,
+        where: Where = None,
+        options: SearchOptions = DEFAULT_OPTIONS,
+    ) -> list[Hit]:
+        """Return the hits of a query with the embedding `vector`, float32[D], in a thread.
+
+        They have their `p` if the model has statistics of scores. Arguments and errors are those of
+        `search_vector` and `query_index`.
+        """
+        statistics = self.worker.model.score_statistics
+        kind = find_content_kind(as_parts(query))
+
+        def find_hits(index: Index) -> list[Hit]:
+            hits = search_vector(index, vector, k=k, where=where, options=options)
+            return judge_hits(hits, statistics, query=kind, side=index.manifest.side)
+
+        return await self.query_index(find_hits)
 
 
 def format_hits(hits: Sequence[Hit]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from vlduet.data.images import encode_png, from_pixels, load_image
 from vlduet.data.records import ImageRef
 from vlduet.eval.classification import classify
 from vlduet.model.duet import DuetModel
+from vlduet.model.score_statistics import ScoreDistribution, ScoreStatistics
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import SearchOptions, search, search_similar
@@ -89,6 +90,20 @@ def test_options_of_a_search_are_those_of_the_library(
         hits = search(index, duet, "text 1", k=3, options=options)
         assert status == 200 and ids_of(body) == [hit.id for hit in hits]
         assert [hit["rank"] for hit in body["data"]] == [hit.rank for hit in hits]
+
+
+def test_hits_have_the_share_of_unrelated_pairs_where_it_is_known(
+    server: RunningServer, duet: DuetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "p" not in server.request(SEARCH, {"query": "text 1"})[1]["data"][0]
+    scores = ScoreDistribution.from_scores(np.linspace(-1, 1, 99))
+    statistics = ScoreStatistics(9, {("text", "both"): scores})
+    monkeypatch.setattr(duet, "score_statistics", statistics)
+    hits = server.request(SEARCH, {"query": "text 1", "k": 9})[1]["data"]
+    shares = {hit["id"]: hit.get("p") for hit in hits}
+    assert shares.pop("no image") is None, "its document is a text alone"
+    scores_by_id = {hit["id"]: hit["score"] for hit in hits}
+    assert shares == {name: scores.share_at_least(scores_by_id[name]) for name in shares}
 
 
 def test_search_for_documents_like_another_one(server: RunningServer, index: Index) -> None:

@@ -8,18 +8,20 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag
 
 from vlduet.data.records import ImageRef, Message, extract_images
 from vlduet.errors import DataError, ImageError
 from vlduet.model.generation.continuous import SamplingParams
 from vlduet.retrieval.rag import build_messages
-from vlduet.retrieval.search import Hit, search_vector
+from vlduet.retrieval.search import Hit
 from vlduet.serve.content import (
+    MAX_PARTS,
     Content,
     ContentModel,
     ImagePart,
     UrlLoader,
+    check_number_of_parts,
     check_size,
     make_discriminator,
     to_parts,
@@ -85,12 +87,22 @@ class StreamOptions(ContentModel):
     )
 
 
+def _check_messages(values: Any) -> Any:
+    """Return the value of `messages` unchanged; raise DataError for too many parts."""
+    if isinstance(values, list):
+        contents = [value.get("content") for value in values if isinstance(value, dict)]
+        check_number_of_parts(contents, "messages", limit=MAX_PARTS)
+    return values
+
+
 class ChatBody(RequestBody):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
-        description="The conversation; the last message is the user's."
-    )
+    messages: Annotated[
+        list[ChatMessage],
+        Field(min_length=1, max_length=MAX_MESSAGES),
+        BeforeValidator(_check_messages),
+    ] = Field(description="The conversation; the last message is the user's.")
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
@@ -283,10 +295,7 @@ async def _quote_sources(
     question, image = split_question(message)
     query = (question,) if image is None else (image, question)
     result = await resources.embed(request, [query], ["messages"], is_query=True)
-    vector = result.vectors[0]
-    hits = await resources.query_index(
-        lambda index: search_vector(index, vector, k=options.k, where=options.where)
-    )
+    hits = await resources.search(query, result.vectors[0], k=options.k, where=options.where)
     return hits, build_messages(question, hits, image=image)
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from vlduet.errors import DataError, quote_value
 from vlduet.retrieval.index import Index
-from vlduet.retrieval.search import Hit, SearchOptions, search_similar, search_vector
+from vlduet.retrieval.search import Hit, SearchOptions, search_similar
 from vlduet.serve.inputs import Embeddable, parse_embeddable
 from vlduet.serve.openapi import describe_body
 from vlduet.serve.resources import Resources, format_hits, json_response
@@ -100,10 +100,8 @@ def make_router(resources: Resources) -> APIRouter:
             usage = embedding_usage(result.num_tokens)
             cut = {"truncated": result.num_truncated} if truncate else {}
             k, where, options = body.k or 10, body.where, body.search_options()
-            hits = await resources.query_index(
-                lambda index: search_vector(
-                    index, result.vectors[0], k=k, where=where, options=options
-                )
+            hits = await resources.search(
+                query, result.vectors[0], k=k, where=where, options=options
             )
         common = {"object": "list", "model": resources.name, "usage": usage, **cut}
         return await json_response(lambda: common | {"data": format_hits(hits)})
