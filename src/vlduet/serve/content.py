@@ -7,7 +7,7 @@ image is a data: URL. It is referred to by its bytes and not decoded here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,8 @@ MAX_PARTS = 256
 MAX_IMAGES = 32
 """Number of content parts, and of images among them, in one input or a whole conversation: a
 request that is small to send must not occupy the model's thread for minutes."""
+MAX_REQUEST_PARTS = 16_384
+"""Number of content parts in all inputs of a request together."""
 MAX_TEXT_CHARS = 1 << 20
 """Number of characters in one part, far more than any context length."""
 MIN_BASE64_CHARS = 64
@@ -130,6 +132,16 @@ def check_size(num_parts: int, num_images: int, place: str) -> None:
     if num_parts > MAX_PARTS or num_images > MAX_IMAGES:
         fix = f"Send {MAX_PARTS} at most, and of these {MAX_IMAGES} images"
         raise DataError(f"{num_parts} parts with {num_images} images", place=place, fix=fix)
+
+
+def check_number_of_parts(contents: Sequence[Any], place: str, *, limit: int) -> None:
+    """Raise DataError if lists among the contents have more than `limit` items together.
+
+    It is cheap, and precedes the validation of each part, which takes seconds for a million.
+    """
+    num_parts = sum(len(content) for content in contents if isinstance(content, list))
+    if num_parts > limit:
+        raise DataError(f"{num_parts} parts", place=place, fix=f"Send {limit} at most")
 
 
 def check_text(text: str, place: str) -> str:

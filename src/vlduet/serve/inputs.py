@@ -16,10 +16,12 @@ from vlduet.data.records import Parts
 from vlduet.errors import DataError
 from vlduet.serve.content import (
     DATA_URL,
+    MAX_REQUEST_PARTS,
     PARTS_EXAMPLE,
     ContentModel,
     PartList,
     UrlLoader,
+    check_number_of_parts,
     check_text,
     load_image,
     make_discriminator,
@@ -54,10 +56,11 @@ def check_inputs(values: Any) -> Any:
     """Return the value of `input` unchanged.
 
     Raises:
-        DataError: token ids, or a content part that is not inside a list of parts. Pydantic, which
-            calls this first, passes it on.
+        DataError: token ids, a content part that is not inside a list of parts, or too many parts.
+            Pydantic, which calls this first, passes it on.
     """
     if isinstance(values, list):
+        check_number_of_parts(values, "input", limit=MAX_REQUEST_PARTS)
         for i, item in enumerate(values):
             _check_item(item, i)
     return values

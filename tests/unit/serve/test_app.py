@@ -316,7 +316,7 @@ WRONG_CHATS = [
     (chat_body("hi") | {"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
     (chat_body("hi", stop=["a"] * 17), "stop: 17 values. Send at most 16"),
     (chat_body("hi", stop="a" * 300), "stop"),
-    (chat_body(*[text_part("a")] * 300), "messages[0].content: 300 values. Send at most 256"),
+    (chat_body(*[text_part("a")] * 300), "messages: 300 parts. Send 256 at most"),
     (chat_body(*[image_part(tiny.random_image())] * 33), "33 images"),
     (chat_body("a" * (2 << 20)), "a text of 2097152 characters"),
 ]
@@ -338,11 +338,12 @@ WRONG_EMBEDDINGS = [
     ({"input": "a", "dimensions": 3}, "dimensions: "),
     ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
     ({"input": "a", "truncate_prompt_tokens": 7}, "truncate_prompt_tokens: 7"),
+    ({"input": [[text_part("a")] * 256] * 65}, "input: 16640 parts. Send 16384 at most"),
     ({"input": ["b", "a " * 10000]}, "input[1]: "),
     ({}, "input: missing"),
     (b"{", "the body is not JSON"),
     (b'{"input": NaN}', "the body is not JSON"),
-    (b"[" * 10**6, "the body is not JSON"),
+    (b"[" * 10**5, "the body is not JSON"),
     (b"[" * 3 * 10**6, "commas and brackets"),
     ([], "the body is not a JSON object"),
 ]
@@ -360,6 +361,7 @@ WRONG_RERANKS = [
     ({"query": "a", "documents": ["b", {"title": "c"}]}, "documents[1]: neither text nor image"),
     ({"query": "a", "documents": ["b"], "top_n": 0}, "top_n: "),
     ({"query": "a", "documents": ["b"], "max_tokens_per_doc": 9}, "max_tokens_per_doc: "),
+    ({"query": "a", "documents": [[text_part("a")] * 256] * 65}, "documents: 16640 parts"),
     ({"query": "a", "documents": ["b", 5]}, "documents[1]: 5 is neither text nor a list"),
 ]
 WRONG_CLASSIFICATIONS = [

@@ -11,21 +11,32 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from vlduet.data.records import Parts
-from vlduet.serve.content import UrlLoader
+from vlduet.serve.content import MAX_REQUEST_PARTS, UrlLoader, check_number_of_parts
 from vlduet.serve.inputs import Embeddable, EmbeddableObject, parse_embeddable
 from vlduet.serve.openapi import describe_body
 from vlduet.serve.resources import Resources, json_response
 from vlduet.serve.schemas import MAX_INPUTS, EmbeddingOptions, EmbeddingUsage, embedding_usage
 
 
+def _check_documents(values: Any) -> Any:
+    """Return the value of `documents` unchanged; raise DataError for too many parts."""
+    if isinstance(values, list):
+        check_number_of_parts(values, "documents", limit=MAX_REQUEST_PARTS)
+    return values
+
+
 class RerankBody(EmbeddingOptions):
     """Body of POST /v1/rerank."""
 
     query: Embeddable
-    documents: Annotated[list[Embeddable], Field(min_length=1, max_length=MAX_INPUTS)]
+    documents: Annotated[
+        list[Embeddable],
+        Field(min_length=1, max_length=MAX_INPUTS),
+        BeforeValidator(_check_documents),
+    ]
     top_n: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Number of best documents to return; all if absent."
     )
