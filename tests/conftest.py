@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of tests/fuzz."""
+    """Add the options of tests/fuzz and tests/slow."""
     parser.addoption("--fuzz-rounds", type=int, help="mutations of each format in tests/fuzz")
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first mutation")
+    parser.addoption("--slow-model", type=Path, help="run tests/slow with this model folder")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/slow out without --slow-model; other paths are decided elsewhere."""
+    is_slow = collection_path == Path(__file__).parent / "slow"
+    return True if is_slow and config.getoption("--slow-model") is None else None
 
 
 def pytest_report_header() -> str:

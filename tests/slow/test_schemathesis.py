@@ -1,0 +1,31 @@
+"""Requests that schemathesis derives from the OpenAPI document find no mistake of the server."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from helpers.processes import run_process
+from slow.conftest import API_KEY, LiveServer
+
+MAX_EXAMPLES = 60
+"""Requests of each phase of each endpoint."""
+
+
+def test_schemathesis_has_no_findings(server: LiveServer, tmp_path: Path) -> None:
+    command = [
+        str(Path(sys.executable).parent / "schemathesis"),
+        "run",
+        f"{server.url}/openapi.json",
+        f"--header=Authorization: Bearer {API_KEY}",
+        f"--max-examples={MAX_EXAMPLES}",
+        "--checks=all",
+        "--seed=27",
+        "--request-timeout=60",
+        "--continue-on-failure",
+        "--no-color",
+    ]
+    process = run_process(command, cwd=tmp_path, timeout=1500)
+    report = process.stdout[-20000:]
+    assert process.returncode == 0, report
+    assert "No issues found" in report, report
