@@ -42,6 +42,7 @@ from vlduet.data.readers.rows import (
 from vlduet.data.record_json import COMMON_KEYS, KEYS_BY_KIND, parse_record
 from vlduet.data.records import Record
 from vlduet.errors import DataError, suggest_name
+from vlduet.logs import logger
 
 RowErrorHandler = Callable[[DataError], object]
 """Function that receives the error of each row that is left out."""
@@ -217,18 +218,22 @@ def append_unlisted_images(
     """Yield `records`, then a pair for every image below `folder` that none of them refers to.
 
     Paths are compared with symbolic links resolved. `on_error` receives the error of each image
-    whose name or caption file cannot be read; errors of `records` propagate.
+    whose name or caption file cannot be read, and of each folder; errors of `records` propagate.
+    Links and other files that are left out are logged.
     """
     listed = set[Path]()
     for record in records:
         listed |= {ref.path.resolve() for ref in record.images() if ref.path is not None}
         yield record
-    rows = image_folders.read_image_folder_rows(folder, ReadContext(folder))
+    context = ReadContext(folder)
+    rows = image_folders.read_image_folder_rows(folder, context)
     reader = _SourceReader("captions", on_error)
     for record in reader.parse_rows(rows, FORMATS["captions"]):
         path = record.image.path if record.image else None
         if path is not None and path.resolve() not in listed:
             yield record
+    for message in context.ignored.describe_files() + context.ignored.describe_system_files():
+        logger.warning(f"{folder}: {message}")
 
 
 def detect_format(source: Path) -> str:

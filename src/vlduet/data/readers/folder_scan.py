@@ -49,9 +49,9 @@ class FolderContent:
 def scan_folder(folder: Path, ignored: IgnoredData) -> FolderContent:
     """Return what a folder holds, and count in `ignored` what is left out.
 
-    Left out are names that start with a dot, `SYSTEM_FOLDERS`, `SYSTEM_FILES`, links to folders,
-    broken links to other files than images, pipes, sockets and devices; and silently the files that
-    list what our own commands left out.
+    Left out are names that start with a dot, `SYSTEM_FOLDERS`, `SYSTEM_FILES`, indexes of ours
+    (which hold copies of images), links to folders, broken links to other files than images, pipes,
+    sockets and devices; and silently the files that list what our own commands left out.
 
     Raises:
         OSError: the folder cannot be read.
@@ -66,11 +66,13 @@ def scan_folder(folder: Path, ignored: IgnoredData) -> FolderContent:
         if entry.name.startswith(".") or pattern.fullmatch(entry.name):
             ignored.add("system", "._*" if entry.name.startswith("._") else entry.name)
         elif kind == "folder" and entry.is_symlink():
-            ignored.add("link", str(path))
+            ignored.add("linked folder", str(path))
+        elif kind == "folder" and (path / "store" / "rows.lance").is_dir():
+            ignored.add("system", f"{entry.name} (an index)")
         elif kind == "folder":
             content.subfolders.append(entry.name)
         elif kind == "special":
-            ignored.add("special", str(path))
+            ignored.add("special file", str(path))
         elif kind == "missing" and path.suffix.lower() not in IMAGE_SUFFIXES:
             ignored.add("broken link", str(path))
         elif kind == "missing" or is_image_file(path):

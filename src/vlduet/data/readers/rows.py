@@ -130,7 +130,7 @@ class IgnoredData:
         counts: Counter[str] = Counter()
         for (kind, name), count in self._counts.items():
             if kind in LEFT_OUT_KINDS:
-                counts[name if kind == "ending" else LEFT_OUT_KINDS[kind][0].split(",")[0]] += count
+                counts[name if kind == "ending" else kind] += count
             elif kind == "file":
                 counts[Path(name).suffix.lower() or "without an ending"] += count
         return dict(counts)
@@ -158,9 +158,9 @@ IGNORED_KINDS = {
 """Sentence of `IgnoredData.messages` by kind."""
 LEFT_OUT_KINDS = {
     "ending": ("file is not read", "files are not read"),
-    "link": ("linked folder, not followed", "linked folders, not followed"),
+    "linked folder": ("linked folder, not followed", "linked folders, not followed"),
     "broken link": ("link without a target, not read", "links without a target, not read"),
-    "special": ("pipe, socket or device, not read", "pipes, sockets or devices, not read"),
+    "special file": ("pipe, socket or device, not read", "pipes, sockets or devices, not read"),
 }
 """Beginning of the sentence of `IgnoredData.describe_files` by kind: for one, and for several."""
 SYSTEM_SENTENCE = (
@@ -170,7 +170,7 @@ SYSTEM_SENTENCE = (
 """Beginning of the sentence of `IgnoredData.describe_system_files`: for one, and for several."""
 MAX_EXAMPLES = 3
 """Number of files of one ending that a sentence names."""
-MAX_NAMES = 10
+MAX_NAMES = 20
 """Number of endings, links or names that a sentence lists."""
 
 
