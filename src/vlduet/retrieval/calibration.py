@@ -57,6 +57,21 @@ def sample_records(records: Iterable[Record]) -> list[Record]:
 def measure_score_statistics(model: Embedder, records: Sequence[Record]) -> ScoreStatistics | None:
     """Return the distributions of the scores of unrelated contents; None if there are no pairs.
 
+    Args:
+        model: the model, whose mode is restored.
+        records: records that it was not trained on; the first `MAX_CALIBRATION_RECORDS` are used.
+    """
+    records = records[:MAX_CALIBRATION_RECORDS]
+    scores = score_unrelated_pairs(model, records)
+    distributions = {key: ScoreDistribution.from_scores(values) for key, values in scores.items()}
+    return ScoreStatistics(len(records), distributions) if distributions else None
+
+
+def score_unrelated_pairs(
+    model: Embedder, records: Sequence[Record]
+) -> dict[tuple[ContentKind, ContentKind], np.ndarray]:
+    """Return the scores of all pairs of unrelated contents by the types of query and document.
+
     From each record come up to three contents: its first text, its first image, and what side
     "record" embeds if that has both. Each of them, embedded as a query, is compared with those of
     all other records, embedded as documents. Two records are related, and left out, if they share a
@@ -65,11 +80,9 @@ def measure_score_statistics(model: Embedder, records: Sequence[Record]) -> Scor
     Contents that the model cannot embed are left out, and their number is logged. Texts beyond the
     model's limit are cut, and their number is logged.
 
-    Args:
-        model: the model, whose mode is restored.
-        records: records that it was not trained on; the first `MAX_CALIBRATION_RECORDS` are used.
+    Returns:
+        float32[N] for every two types that have pairs. The order of the pairs has no meaning.
     """
-    records = records[:MAX_CALIBRATION_RECORDS]
     contents = [_list_contents(record) for record in records]
     unrelated = _find_unrelated(records)  # [N, N]
     vectors = {}
@@ -77,7 +90,7 @@ def measure_score_statistics(model: Embedder, records: Sequence[Record]) -> Scor
         for kind in CONTENT_KINDS:
             contents_of_kind = [content.get(kind) for content in contents]
             vectors[kind] = _embed_kind(model, contents_of_kind, on_truncate)
-    distributions = {}
+    scores_by_type = {}
     for query in CONTENT_KINDS:
         for document in CONTENT_KINDS:
             query_rows, query_vectors, _ = vectors[query]
@@ -85,8 +98,8 @@ def measure_score_statistics(model: Embedder, records: Sequence[Record]) -> Scor
             scores = query_vectors @ document_vectors.T  # [Q, D]
             pairs = scores[unrelated[np.ix_(query_rows, document_rows)]]
             if len(pairs):
-                distributions[query, document] = ScoreDistribution.from_scores(pairs)
-    return ScoreStatistics(len(records), distributions) if distributions else None
+                scores_by_type[query, document] = pairs
+    return scores_by_type
 
 
 def _list_contents(record: Record) -> dict[ContentKind, Parts]:
