@@ -21,6 +21,7 @@ from vlduet.cli._common import (
     print_json,
     print_text,
 )
+from vlduet.logs import logger
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +39,10 @@ TRUNCATE = "Cut texts that are longer than the model's limit, instead of leaving
 PRUNE = "Remove documents that the source no longer contains, if all of it can be read."
 FORCE = "Prune most documents too; replace documents of another source with the same ids."
 REHASH = "Read all image files, also those of unchanged size, time and inode."
-ANN = "Approximate search: auto (above 100,000 documents), on or off."
+ANN = (
+    "Approximate search: auto (above 100,000 documents), on or off. 'vlduet index check INDEX' "
+    "measures what it finds."
+)
 
 Truncate = Annotated[bool, typer.Option("--truncate", help=TRUNCATE)]
 
@@ -54,6 +58,7 @@ def index(
     rehash: Annotated[bool, typer.Option("--rehash", help=REHASH)] = False,
     truncate: Truncate = False,
     ann: Annotated[Literal["auto", "on", "off"], typer.Option(help=ANN)] = "auto",
+    store: Annotated[Literal["lance", "flat"] | None, typer.Option(hidden=True)] = None,
     format: Format = None,
     root: Root = None,
     columns: Columns = None,
@@ -70,6 +75,8 @@ def index(
     from vlduet.encoders.dual import open_embedder
     from vlduet.retrieval.build import BuildOptions, build_index
 
+    if store is not None:  # scripts for earlier versions have it
+        logger.warning("--store has no effect: every index is stored by LanceDB")
     embedder = open_embedder(model)
     report = build_index(
         embedder,

@@ -30,6 +30,11 @@ class _Collisions:
     num_different: int = 0
     """Documents with another content than the stored ones; those that cannot be read count not."""
 
+    @property
+    def is_same(self) -> bool:
+        """Whether the contents say that these are the documents of the other source."""
+        return self.num_equal > 0 and not self.num_different
+
 
 def find_takeover_refusal(
     source: RecordSource,
@@ -41,11 +46,14 @@ def find_takeover_refusal(
 ) -> RetrievalError | None:
     """Return the error of a build that would overwrite documents of another source, or None.
 
-    If the other source is gone, and all documents that both have are equal in content, it was
-    moved: its documents are taken over. So they are with `force`, but of a source that is still
-    there only those with equal ids. Without other sources the source is not read here.
+    A file of records may update documents that it shares with another source, if all of them have
+    the same content in both. If the other source is missing, and all documents that both have are
+    equal in content, it was moved: its documents are taken over. So they are with `force`, but of a
+    source that is still there only those with equal ids. Without other sources the source is not
+    read here.
     """
     collisions: dict[int, _Collisions] = {}
+    is_file = source.path.is_file()
     if not state.foreign:
         return None
     for record in source.read_silently(IgnoredData(), on_error=lambda error: None):
@@ -59,7 +67,7 @@ def find_takeover_refusal(
                 continue
             collision = collisions.setdefault(owner, _Collisions())
             collision.ids.append(document.id)
-            if force or not state.is_gone(owner):
+            if force or not (is_file or state.is_missing(owner)):
                 continue
             try:
                 content_hash = hash_parts(document.parts, state.image_key)
@@ -69,11 +77,10 @@ def find_takeover_refusal(
             collision.num_equal += is_equal
             collision.num_different += not is_equal
     for owner, collision in collisions.items():
-        is_moved = collision.num_equal > 0 and not collision.num_different
-        if not (force or is_moved):
+        if not (force or collision.is_same):
             return _make_takeover_error(source.path, state, owner, collision)
     for owner, collision in collisions.items():
-        if state.is_gone(owner):
+        if state.is_missing(owner):
             state.take_over(owner)
         else:
             state.claim(collision.ids)
@@ -88,7 +95,7 @@ def _make_takeover_error(
     known = f"{count} documents have" if count > 1 else "a document has"
     message = f"{known} the id of a document of {name}, such as '{collision.ids[0]}'"
     fix = "Build another index (--to), or let this source replace them (--force)"
-    if state.is_gone(owner):
+    if state.is_missing(owner):
         message += f", and {collision.num_different} of them another content"
         fix = f"If {name} was moved here, add --force; else build another index (--to)"
     return RetrievalError(f"{message}: nothing was changed", place=source, fix=fix)

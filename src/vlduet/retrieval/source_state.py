@@ -118,7 +118,7 @@ class SourceState:
         select = "SELECT name FROM sources WHERE number = ?"
         return str(self._database.execute(select, (number,)).fetchone()[0])
 
-    def is_gone(self, number: int) -> bool:
+    def is_missing(self, number: int) -> bool:
         """Return whether nothing is left where a source was, which is never known of the hub."""
         return not _exists(self.name(number))
 
@@ -153,7 +153,7 @@ class SourceState:
         A file has not changed if size, modification time and inode are those at which it was read.
         Raises ImageError as `images.image_key`.
         """
-        version = None if ref.path is None else _FileVersion.read(ref.path)
+        version = None if ref.path is None else _ImageVersion.read(ref.path)
         if ref.path is None or version is None:
             return images.image_key(ref)
         path = os.fsencode(os.path.abspath(ref.path))
@@ -217,7 +217,7 @@ class SourceState:
             self._database.close()
 
 
-class _FileVersion(NamedTuple):
+class _ImageVersion(NamedTuple):
     """Version of a regular file."""
 
     text: str

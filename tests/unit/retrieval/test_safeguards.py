@@ -164,3 +164,19 @@ def test_records_without_images_are_pruned_and_long_texts_are_not(
     write_records(source, rows)
     report = build_index(model, source, to=to, prune=True)
     assert (report.removed, report.kept, report.quarantined) == (1, 3, 1)
+
+
+def test_file_of_records_updates_the_metadata_of_equal_documents(
+    tmp_path: Path, model: Any
+) -> None:
+    to = tmp_path / "index"
+    row = {"id": "same", "parts": [{"text": "red"}]}
+    write_records(tmp_path / "a.jsonl", [row])
+    build_index(model, tmp_path / "a.jsonl", to=to, side="record")
+    rows = [row | {"metadata": {"hue": "red"}}, {"id": "new", "parts": [{"text": "blue"}]}]
+    write_records(tmp_path / "b.jsonl", rows)
+    report = build_index(model, tmp_path / "b.jsonl", to=to, side="record")
+    assert (report.count, report.embedded, report.updated) == (2, 1, 1)
+    write_records(tmp_path / "c.jsonl", [row | {"parts": [{"text": "green"}]}])
+    with pytest.raises(RetrievalError, match="nothing was changed"):
+        build_index(model, tmp_path / "c.jsonl", to=to, side="record")
