@@ -122,7 +122,9 @@ async def _handle_error(_: Request, error: Exception) -> Response:
         text = ROUTER_ERRORS.get((status, error.detail), error.detail)
         error_type = error_type if status < 500 else "server_error"
     elif isinstance(error, VLDuetError):
-        status, text, place = 400, str(error), error.place
+        status, text = 400, str(error)
+        # The place of an error in a filter continues with the condition.
+        place = error.place and error.place.partition(": ")[0]
         if isinstance(error, ModelError):
             status, error_type = 500, "server_error"
     elif isinstance(error, ServerBusyError):

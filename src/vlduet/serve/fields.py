@@ -92,6 +92,20 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "top_a": (0,),
     "typical_p": (1,),
     "xtc_probability": (0,),
+    # Contents in fields of other APIs, which must not be lost
+    "image": (),
+    "images": (),
+    "input": (),
+    "inputs": (),
+    "instruction": (),
+    "instructions": (),
+    "messages": (),
+    "prompt": (),
+    "query": (),
+    "system": (),
+    "text": (),
+    "texts": (),
+    "videos": (),
     # Cohere and Jina
     "embedding_types": (["float"],),
     "embedding_type": ("float",),
@@ -101,6 +115,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "normalized": (True,),
     "rank_fields": (["text"],),
     "return_multivector": (False,),
+    "task": (),
 }
 """Fields that would change the result, and the values beside empty ones that request nothing."""
 MAX_LOGGED_FIELDS = 200

@@ -116,6 +116,12 @@ def test_search_for_documents_like_another_one(server: RunningServer, index: Ind
     assert str(index.path) not in json.dumps(body)
 
 
+def test_error_in_a_filter_names_the_field(server: RunningServer) -> None:
+    for where in ({"no": 1}, {"i": "x"}, ["i"]):
+        status, body = server.request(SEARCH, {"query": "a", "where": where})
+        assert status == 400 and body["error"]["param"] == "where", body
+
+
 def test_search_with_an_image_as_a_text_or_an_object(server: RunningServer) -> None:
     url = data_url(tiny.random_image(3))
     part = {"type": "image_url", "image_url": {"url": url}}
@@ -189,10 +195,10 @@ def test_usage_counts_the_tokens_and_truncation_is_reported(
 def test_rerank_orders_all_forms_of_documents_by_their_cosine(
     server: RunningServer, duet: DuetModel
 ) -> None:
-    image = tiny.random_image(5)
-    part = {"type": "image_url", "image_url": {"url": data_url(image)}}
+    image, other_image = tiny.random_image(5), tiny.random_image(6)
+    part = {"type": "image_url", "image_url": {"url": data_url(other_image)}}
     documents = ["one", {"text": "two"}, {"image": data_url(image)}, [part], {"text": "three"}]
-    contents = ["one", "two", image, image, "three"]
+    contents = ["one", "two", image, other_image, "three"]
     scores = duet.encode_document(contents) @ duet.encode_query(["question"])[0]
     request = {"model": "tiny", "query": "question", "documents": documents}
     for path in (RERANK, "/v2/rerank"):

@@ -115,7 +115,7 @@ class ChatBody(RequestBody):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Lowest probability of a token, as a share of the likeliest one's."
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = Field(
         None,
         description="Seed of the sampling; the same seed in a batch of the same requests gives the "

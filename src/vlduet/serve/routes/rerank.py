@@ -124,7 +124,7 @@ def make_router(resources: Resources) -> APIRouter:
             common["truncated"] = num_truncated
 
         def format_response() -> dict[str, Any]:
-            scores = embedded.vectors @ found.vectors[0]
+            scores = np.round(embedded.vectors @ found.vectors[0], 6)
             results = [
                 {"index": i, "relevance_score": round(float(scores[i]), 6)}
                 | body.format_document(i)
