@@ -33,7 +33,8 @@ from vlduet.locks import LOCK_NAME, lock_folder, remove_drafts
 from vlduet.logs import track_progress
 from vlduet.retrieval.documents import Document, Side, read_documents
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
-from vlduet.retrieval.filter_values import extract_filter_values
+from vlduet.retrieval.filter_upgrade import upgrade_filter_columns
+from vlduet.retrieval.filter_values import FILTER_VERSION, extract_filter_values
 from vlduet.retrieval.index import (
     IMAGE_FOLDER,
     MANIFEST_FILENAME,
@@ -162,15 +163,23 @@ def build_index(
         manifest.write(path)
         state = SourceState(path, source_path, rehash=options.rehash)
         with state, Index(path, manifest, write=True) as index:
-            job = _BuildJob(index, model, state, options)
+            job = _BuildJob(index, model, state, options=options)
             refusal = job.find_takeover_refusal(source)
             if refusal is None:
                 manifest = index.manifest = replace(manifest, source=str(source_path))
+                if manifest.filters < FILTER_VERSION:
+                    upgrade_filter_columns(index.store, job.fields)
                 job.run(source, chunk_size)
                 refusal = job.find_prune_refusal(source_path) if prune else None
                 report = job.finish(prune=prune and refusal is None)
                 index.store.update_search_index(options.ann)
-                manifest = replace(manifest, fields=job.fields, count=report.count, complete=True)
+                manifest = replace(
+                    manifest,
+                    fields=job.fields,
+                    filters=FILTER_VERSION,
+                    count=report.count,
+                    complete=True,
+                )
             else:
                 manifest = previous
         manifest.write(path)
@@ -191,7 +200,7 @@ class _BuildJob:
         num_unreadable: rows, files and folders of the source that could not be read.
     """
 
-    def __init__(self, index: Index, model: Embedder, state: SourceState, options: BuildOptions):
+    def __init__(self, index: Index, model: Embedder, state: SourceState, *, options: BuildOptions):
         """Read hashes and sources of all stored rows.
 
         Args:

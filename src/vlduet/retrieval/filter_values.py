@@ -19,6 +19,9 @@ Scalar = str | float | bool
 FilterValue = Scalar | tuple[Scalar, ...]
 """Metadata value that can be filtered by; a tuple is a list."""
 
+FILTER_VERSION = 2
+"""Version of the forms in which values are stored. Version 1 had no dates and no lists, and no
+numbers of texts that spell them."""
 MAX_FILTER_KEYS = 64
 """Number of metadata keys that can be filtered by; further keys are only stored and returned."""
 

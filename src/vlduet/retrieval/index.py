@@ -37,6 +37,7 @@ from vlduet.integrity import (
 )
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
+from vlduet.retrieval.filter_values import FILTER_VERSION
 from vlduet.retrieval.stores.base import IndexRow, VectorStore
 from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 
@@ -62,6 +63,7 @@ OPTIONAL_FIELDS: FieldTypes = {
     "model_relative": (str, type(None)),
     "source": str,
     "fields": dict,
+    "filters": int,
     "count": int,
     "complete": bool,
     "created": str,
@@ -92,6 +94,8 @@ class IndexManifest:
     """Absolute path of the source of the last build."""
     fields: Mapping[str, list[str]] = field(default_factory=dict)
     """Metadata keys that can be filtered by, with the kinds of their values."""
+    filters: int = 1
+    """Version of the rules by which metadata are stored to be filtered by; see `FILTER_VERSION`."""
     count: int = 0
     """Number of documents."""
     complete: bool = False
@@ -115,6 +119,7 @@ class IndexManifest:
             dim=model.dim,
             fingerprint=model.fingerprint,
             image_backend=model.image_backend,
+            filters=FILTER_VERSION,
             created=_utc_now(),
         )
 
@@ -312,7 +317,8 @@ class Index:
 
     def get_row(self, document_id: str) -> IndexRow | None:
         """Return the stored row of a document, or None if the index lacks the id."""
-        return self.store.read_row(document_id)
+        rows = self.store.read_rows([document_id])
+        return rows[0] if rows else None
 
     def count(self) -> int:
         """Return the number of documents in the index."""

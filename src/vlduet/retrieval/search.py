@@ -13,7 +13,8 @@ from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import RetrievalError, quote_value
 from vlduet.retrieval.calibration import find_content_kind, judge_hits
 from vlduet.retrieval.encode import Embedder
-from vlduet.retrieval.filters import Where, parse_conditions
+from vlduet.retrieval.filter_values import FILTER_VERSION
+from vlduet.retrieval.filters import Condition, Where, parse_conditions
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.stores.base import IndexRow, ScoredRow
 
@@ -194,7 +195,7 @@ def _find_rows(
     """
     if where and not index.count():
         return []  # an empty index knows no metadata key, so every filter would be an error
-    conditions = parse_conditions(where, index.manifest.fields)
+    conditions = _parse_where(index, where)
     num_wanted = options.offset + k
     limit = num_wanted + (like is not None)
     while True:
@@ -206,6 +207,22 @@ def _find_rows(
         if len(selected) >= num_wanted or len(rows) < limit or is_below:
             return selected[options.offset : num_wanted]
         limit *= 4  # documents of identical content took places
+
+
+def _parse_where(index: Index, where: Where) -> tuple[Condition, ...]:
+    """Return the conditions of a filter; raise RetrievalError as `parse_conditions`.
+
+    A key that an index of an earlier version cannot be filtered by is named as such.
+    """
+    try:
+        return parse_conditions(where, index.manifest.fields)
+    except RetrievalError as error:
+        if where is None or index.manifest.filters >= FILTER_VERSION:
+            raise
+        fix = (
+            "An earlier version built the index, without lists and dates: run `vlduet index` again"
+        )
+        raise RetrievalError(str(error), fix=fix) from error
 
 
 def _select_rows(

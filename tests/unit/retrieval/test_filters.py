@@ -221,7 +221,7 @@ def test_only_dates_in_iso_form_are_dates() -> None:
     assert parse_period("9999") is None and parse_period("0000-01") is None
 
 
-def test_other_texts_beside_dates_are_compared_as_texts() -> None:
+def test_other_texts_under_a_key_with_dates_are_compared_as_texts() -> None:
     assert parse_one("note=unknown").matches({"note": "unknown"})
     assert not parse_one("note>=2024-05-01").matches({"note": "unknown"})
 

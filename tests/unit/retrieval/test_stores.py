@@ -12,15 +12,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.stores import (
+    AXES,
+    DIM,
+    ids_of,
+    make_row,
+    normalize,
+    open_for_reading,
+    open_for_writing,
+)
 from vlduet.errors import RetrievalError
-from vlduet.retrieval.filter_values import KIND_PLURALS, extract_filter_values, parse_period
+from vlduet.retrieval.filter_values import KIND_PLURALS, parse_period
 from vlduet.retrieval.filters import MAX_CONDITIONS, MAX_VALUES, OPERATORS, Condition
 from vlduet.retrieval.stores import lance
-from vlduet.retrieval.stores.base import IndexRow, RowHashes, ScoredRow
+from vlduet.retrieval.stores.base import IndexRow
 from vlduet.retrieval.stores.lance import LanceStore
 from vlduet.retrieval.stores.sql import condition_to_sql, filter_column, sql_literal
-
-DIM = 4
 
 
 class ReferenceStore:
@@ -48,39 +55,6 @@ class ReferenceStore:
                     scored.append((identity, score))
             results.append(sorted(scored, key=lambda pair: (-pair[1], pair[0]))[:k])
         return results
-
-
-def make_row(identity: str, version: int = 0, **metadata: Any) -> IndexRow:
-    return IndexRow(
-        id=identity,
-        hashes=RowHashes(f"content {identity} {version}", f"details {version}"),
-        text=f"text {identity}",
-        image_path=f"/images/{identity}",
-        relative_image_path=f"../{identity}",
-        metadata=metadata,
-        filter_values=extract_filter_values(metadata, {}),
-    )
-
-
-def normalize(vectors: Any) -> np.ndarray:
-    matrix = np.asarray(vectors, dtype=np.float64)
-    unit: np.ndarray = matrix / np.linalg.norm(matrix, axis=-1, keepdims=True)
-    return unit.astype(np.float32)
-
-
-def ids_of(matches: Sequence[ScoredRow]) -> list[str]:
-    return [match.row.id for match in matches]
-
-
-def open_for_writing(folder: Path, dim: int = DIM) -> LanceStore:
-    return LanceStore(folder, dim=dim, write=True)
-
-
-def open_for_reading(folder: Path) -> LanceStore:
-    return LanceStore(folder, dim=DIM, write=False)
-
-
-AXES = normalize(np.eye(DIM))
 
 
 def test_stored_rows_and_vectors_are_returned_unchanged(tmp_path: Path) -> None:
@@ -306,110 +280,6 @@ def test_search_among_many_rows_equals_a_matrix_product(tmp_path: Path) -> None:
             assert ids_of(results[q]) == [f"{i:04d}" for i in best]
             result_scores = [match.score for match in results[q]]
             np.testing.assert_allclose(result_scores, scores[q][best], atol=1e-6)
-
-
-@pytest.fixture
-def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LanceStore:
-    """A store of 900 rows that counts as large, with vectors of 32 numbers and no search index."""
-    monkeypatch.setattr(lance, "MIN_ROWS_FOR_APPROXIMATE_SEARCH", 500)
-    monkeypatch.setattr(lance, "NUM_PROBES", 3)
-    store = open_for_writing(tmp_path, dim=32)
-    store.upsert([make_row(f"{i:04d}", half=i % 2) for i in range(900)], LARGE_VECTORS[:900])
-    return store
-
-
-LARGE_VECTORS = normalize(np.random.default_rng(0).normal(size=(2400, 32)))
-
-
-def test_a_large_store_gets_a_search_index_that_exact_searches_bypass(large: LanceStore) -> None:
-    queries = LARGE_VECTORS[2000:2100]
-    expected = [ids_of(rows) for rows in large.search(queries, k=10)]
-    large.update_search_index("off")
-    assert not large.has_search_index()
-    large.update_search_index("auto")
-    assert large.has_search_index()
-    assert [ids_of(rows) for rows in large.search(queries, k=10, exact=True)] == expected
-    found = [ids_of(rows) for rows in large.search(queries, k=10)]
-    pairs = list(zip(found, expected, strict=True))
-    recall = np.mean([len(set(ids) & set(best)) / 10 for ids, best in pairs])
-    assert 0.1 < recall < 0.9, "3 of 30 groups of random vectors cannot hold all neighbours"
-    scores = queries.astype(np.float64) @ LARGE_VECTORS[:900].T.astype(np.float64)
-    for i, rows in enumerate(large.search(queries, k=10)):
-        for match in rows:
-            assert match.score == pytest.approx(scores[i, int(match.row.id)], abs=1e-6)
-    large.update_search_index("off")
-    assert not large.has_search_index()
-    assert [ids_of(rows) for rows in large.search(queries, k=10)] == expected
-
-
-def test_few_rows_that_match_a_filter_are_all_found(large: LanceStore) -> None:
-    large.update_search_index("auto")
-    query, odd = LARGE_VECTORS[2000:2001], [Condition("half", "=", 1)]
-    expected = large.search(query, k=20, conditions=odd, exact=True)
-    assert large.search(query, k=20, conditions=odd) == expected and len(expected[0]) == 20
-    none = [Condition("half", "=", 2)]
-    assert large.search(query, k=20, conditions=none) == [[]]
-
-
-def test_rows_behind_a_search_index_are_found_replaced_and_removed(large: LanceStore) -> None:
-    large.update_search_index("auto")
-    large.upsert([make_row("new"), make_row("0003", version=1)], LARGE_VECTORS[900:902])
-    large.delete(["0005"])
-    for vector, expected in ((900, "new"), (901, "0003")):
-        (matches,) = large.search(LARGE_VECTORS[vector : vector + 1], k=1)
-        assert ids_of(matches) == [expected] and matches[0].score == 1.0
-    for gone in (3, 5):
-        (matches,) = large.search(LARGE_VECTORS[gone : gone + 1], k=900)
-        assert matches[0].score < 1
-    assert large.count() == len(large.read_ids()) == 900
-    large.close()
-    reader = LanceStore(large.folder, dim=32, write=False)
-    assert reader.has_search_index() and reader.read_ids() == large.read_ids()
-    assert ids_of(reader.search(LARGE_VECTORS[900:901], k=1)[0]) == ["new"]
-
-
-def test_a_search_index_follows_the_growth_of_the_store(large: LanceStore) -> None:
-    def describe() -> tuple[str, int]:
-        (index,) = [i for i in large._table.list_indices() if i.columns == ["vector"]]
-        return index.name, index.num_unindexed_rows
-
-    large.update_search_index("auto")
-    assert describe() == ("vector_30", 0)
-    large.upsert([make_row(f"b{i}") for i in range(20)], LARGE_VECTORS[900:920])
-    large.update_search_index("auto")
-    assert describe() == ("vector_30", 20), "a few rows are searched without it"
-    large.upsert([make_row(f"c{i}") for i in range(80)], LARGE_VECTORS[920:1000])
-    large.update_search_index("auto")
-    assert describe() == ("vector_30", 0)
-    large.upsert([make_row(f"d{i}") for i in range(1400)], LARGE_VECTORS[1000:])
-    large.update_search_index("on")
-    assert describe() == ("vector_48", 0)
-
-
-def test_the_cost_of_an_update_does_not_grow_with_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is read and written is counted, in bytes, for 64 replaced rows of 2,000 and 16,000."""
-    monkeypatch.setattr(lance, "MIN_ROWS_FOR_APPROXIMATE_SEARCH", 100)
-    io_counts = Path("/proc/self/io")
-    if not io_counts.exists():
-        pytest.skip("only Linux counts what a process reads and writes")
-
-    def count_bytes() -> int:
-        lines = dict(line.split(": ") for line in io_counts.read_text().splitlines())
-        return int(lines["rchar"]) + int(lines["wchar"])
-
-    costs = []
-    for number in (2000, 16_000):
-        store = open_for_writing(tmp_path / str(number))
-        vectors = np.tile(AXES, (number // DIM, 1))
-        store.upsert([make_row(f"{i:05d}") for i in range(number)], vectors)
-        store.update_search_index("auto")
-        store.upsert([make_row(f"{i:05d}", 1) for i in range(64)], vectors[:64])
-        before = count_bytes()
-        store.upsert([make_row(f"{i:05d}", 2) for i in range(64, 128)], vectors[:64])
-        costs.append(count_bytes() - before)
-    assert costs[1] < 2 * costs[0], costs
 
 
 def test_rows_lost_between_the_two_commits_of_a_replacement_are_missing_from_the_hashes(

@@ -80,8 +80,8 @@ class VectorStore(Protocol):
     def delete(self, ids: Sequence[str]) -> None:
         """Remove rows; ignore unknown ids."""
 
-    def read_row(self, row_id: str) -> IndexRow | None:
-        """Return the row of an id, or None if there is none."""
+    def read_rows(self, ids: Sequence[str]) -> list[IndexRow]:
+        """Return the rows of ids, in any order, without those of unknown ids."""
 
     def search(
         self,

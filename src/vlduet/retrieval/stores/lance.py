@@ -259,12 +259,14 @@ class LanceStore:
             self._num_written += len(ids)
             self._sync_files()
 
-    def read_row(self, row_id: str) -> IndexRow | None:
-        """Return the row of an id, or None if there is none."""
-        request = self._table.search().where(ids_to_sql([row_id]))
+    def read_rows(self, ids: Sequence[str]) -> list[IndexRow]:
+        """Return the rows of ids, in any order, without those of unknown ids."""
+        if not ids:
+            return []
+        request = self._table.search().where(ids_to_sql(ids)).select(ROW_COLUMNS)
         with self._translate_errors():
-            rows = request.select(ROW_COLUMNS).limit(1).to_arrow().to_pylist()
-        return _parse_row(rows[0]) if rows else None
+            columns = request.to_arrow().to_pylist()
+        return list(map(_parse_row, columns))
 
     def search(
         self,
