@@ -1,11 +1,12 @@
-"""Measure what the server gains by batching requests, over HTTP, with sixteen clients.
+"""Measure `vlduet serve` over HTTP, beside `transformers serve` and vLLM where they are installed.
 
-    embeddings   requests of one caption each: up to 32 items per forward pass, against one item
-    chats        answers of 32 tokens: up to 8 concurrent chats, against one after the other
-    both         latency of an embedding and of a first token: alone, and while 4 chats run; and the
-                 time until these chats end, which a lock around the model would add
+    gaps         time between two tokens of a streamed chat, alone and while lists of texts of 1,500
+                 characters are embedded
+    chats        tokens a second and time to the first token, with 1, 8 and 32 clients
+    embeddings   captions a second, one in a request, with 1, 8 and 32 clients
 
-The same server serves all contenders, which differ in its two constants.
+Every server is a process of its own with the same model. All measurements have a fixed time: what
+is not answered then does not count.
 
     python benchmarks/serve.py [--quick] [--model DIR] [--data FILE]
 """
@@ -14,166 +15,282 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import shutil
+import signal
 import socket
-import statistics
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from types import ModuleType
-from typing import Any
-from unittest.mock import patch
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import _bench
+import numpy as np
 
-from vlduet.model.duet import DuetModel
-from vlduet.serve import scheduler as scheduler_module
-from vlduet.serve import worker as worker_module
-from vlduet.serve.app import Service, build_server
-from vlduet.serve.worker import Worker
+from vlduet.logs import logger
 
-NUM_CLIENTS = 16
+CLIENT_COUNTS = (1, 8, 32)
 ANSWER_TOKENS = 32
-"""Length of every answer; the model's end tokens are removed."""
-NUM_RUNNING_CHATS = 4
-"""Number of chats that run while a latency is measured."""
+CHUNK_CHARS = 1500
+CHUNKS_PER_REQUEST = 8
+NUM_INGESTING_CLIENTS = 2
+START_SECONDS = 300
 
-Send = Callable[[int, str], None]
-"""Function that sends a request with a text to a port and waits for the response."""
+
+@dataclass(frozen=True)
+class Contender:
+    """A server that is started, measured and ended."""
+
+    name: str
+    command: list[str]
+    """Program and arguments, without those that name the port."""
+    model: str
+    """Name of the model in requests."""
+    embeds: bool = True
+
+
+@dataclass
+class Stream:
+    """Times at which the tokens of one streamed answer arrived."""
+
+    start: float
+    token_times: list[float] = field(default_factory=list)
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """Time to the first token; None if none arrived."""
+        return self.token_times[0] - self.start if self.token_times else None
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between neighbouring tokens."""
+        return list(np.diff(self.token_times))
+
+
+def list_contenders(model: Path) -> list[Contender]:
+    """Return all servers that are installed, ours first."""
+    folder = str(model.resolve())
+    contenders = [
+        Contender("vlduet serve", [sys.executable, "-m", "vlduet", "serve", folder], model.name)
+    ]
+    scripts = Path(sys.executable).parent
+    transformers = shutil.which("transformers", path=str(scripts))
+    if transformers:
+        command = [transformers, "serve", folder, "--host", "127.0.0.1"]
+        contenders.append(Contender("transformers serve", command, folder, embeds=False))
+    vllm = shutil.which("vllm", path=str(scripts))
+    if vllm:
+        command = [vllm, "serve", folder, "--host", "127.0.0.1"]
+        contenders.append(Contender("vllm serve", command, folder, embeds=False))
+    else:
+        print("vLLM is not installed here")
+    return contenders
 
 
 @contextmanager
-def run_server(model: DuetModel) -> Iterator[int]:
-    """Serve a model in a thread and yield the port."""
-    listening_socket = socket.create_server(("127.0.0.1", 0))
-    worker = Worker(model)
-    server = build_server(Service(worker, name="bench").build_app())
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening_socket]})
-    thread.start()
+def run_server(contender: Contender) -> Iterator[int]:
+    """Start a server, yield its port once it answers, and end it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as log:
+        command = [*contender.command, "--port", str(port)]
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not is_healthy(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit(f"{contender.name}: {log.read()[-500:].decode()}")
+                time.sleep(0.5)
+            yield port
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def is_healthy(port: int) -> bool:
+    """Return whether a server answers with status 200."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        yield listening_socket.getsockname()[1]
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
     finally:
-        server.should_exit = True
-        thread.join()
-        worker.close()
+        connection.close()
 
 
-def post(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Send a request and return the body of the response, whose status must be 200."""
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    values: dict[str, Any] = json.loads(response.read())
-    assert response.status == 200, values
-    return values
-
-
-def embed(port: int, text: str) -> None:
-    """Request the embedding of a text."""
-    post(port, "/v1/embeddings", {"input": text})
-
-
-def chat(port: int, text: str, *, num_tokens: int = ANSWER_TOKENS) -> None:
-    """Request an answer, which must have exactly `num_tokens` tokens."""
+def chat(port: int, model: str, text: str, *, deadline: float) -> Stream:
+    """Read a streamed answer, at most until the deadline, and return when its tokens arrived."""
+    stream = Stream(time.monotonic())
+    timeout = max(0.1, deadline - stream.start)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     messages = [{"role": "user", "content": text}]
-    body = {"messages": messages, "max_tokens": num_tokens}
-    usage = post(port, "/v1/chat/completions", body)["usage"]
-    assert usage["completion_tokens"] == num_tokens
+    body = {"model": model, "messages": messages, "max_tokens": ANSWER_TOKENS, "stream": True}
+    headers = {"Content-Type": "application/json"}
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        while time.monotonic() < deadline and (line := response.readline()):
+            if line.startswith(b"data: {"):
+                choices = json.loads(line[6:])["choices"]
+                if choices and choices[0]["delta"].get("content"):
+                    stream.token_times.append(time.monotonic())
+    except TimeoutError:
+        pass  # what has arrived counts
+    finally:
+        connection.close()
+    return stream
 
 
-def send_all(port: int, texts: list[str], send: Send) -> None:
-    """Send one request per text from all clients and wait for the responses."""
-    with ThreadPoolExecutor(NUM_CLIENTS) as clients:
-        list(clients.map(partial(send, port), texts))
+def embed(port: int, model: str, texts: list[str], *, deadline: float) -> int:
+    """Request embeddings and return their number; 0 if they do not arrive before the deadline."""
+    timeout = max(0.1, deadline - time.monotonic())
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    headers = {"Content-Type": "application/json"}
+    try:
+        body = json.dumps({"model": model, "input": texts})
+        connection.request("POST", "/v1/embeddings", body, headers)
+        response = connection.getresponse()
+        content = response.read()
+        assert response.status == 200, content
+        return len(json.loads(content)["data"])
+    except TimeoutError:
+        return 0
+    finally:
+        connection.close()
 
 
-def send_all_with_constant(
-    port: int, texts: list[str], send: Send, *, module: ModuleType, constant: str
-) -> None:
-    """Send all requests while a constant of the server is 1, which turns batching off."""
-    with patch.object(module, constant, 1):
-        send_all(port, texts, send)
+def run_clients(count: int, send: Callable[[int, float], None], seconds: float) -> None:
+    """Let `count` clients call `send(number of the call, deadline)` for so many seconds."""
+    deadline = time.monotonic() + seconds
 
+    def repeat(client: int) -> None:
+        number = client
+        while time.monotonic() < deadline:
+            send(number, deadline)
+            number += count
 
-def measure_latency(
-    port: int, texts: list[str], send: Send, *, num_chats: int
-) -> tuple[float, float]:
-    """Measure one request that starts half a second after `num_chats` chats.
-
-    Returns:
-        Seconds until its response, and seconds until that and the end of all chats.
-    """
-    threads = [threading.Thread(target=chat, args=(port, text)) for text in texts[:num_chats]]
+    threads = [threading.Thread(target=repeat, args=(client,)) for client in range(count)]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
-    start = time.perf_counter()
-    send(port, texts[num_chats])
-    latency = time.perf_counter() - start
     for thread in threads:
         thread.join()
-    return latency, time.perf_counter() - start
 
 
-def print_latencies(port: int, texts: list[str], send: Send, *, title: str, repeats: int) -> None:
-    """Print the latency of a request: alone, during chats, and if it waited for their end."""
-    alone, during_chats, after_chats = [], [], []
-    for _ in range(repeats):
-        latency, _ = measure_latency(port, texts, send, num_chats=0)
-        alone.append(latency)
-    for latency_alone in alone:
-        latency, end = measure_latency(port, texts, send, num_chats=NUM_RUNNING_CHATS)
-        during_chats.append(latency)
-        after_chats.append(end + latency_alone)
-    print(f"\n{title}, ms")
-    rows = {
-        "alone": alone,
-        f"while {NUM_RUNNING_CHATS} chats run": during_chats,
-        "if it had to wait for their end": after_chats,
-    }
-    for name, seconds in rows.items():
-        low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
-        print(f"  {name:42} {middle * 1e3:12.0f}   {low * 1e3:.0f} - {high * 1e3:.0f}")
+def measure_chats(
+    port: int, model: str, texts: list[str], *, num_clients: int, seconds: float
+) -> list[Stream]:
+    """Return the streams of so many clients that chat all the time."""
+    streams: list[Stream] = []
+
+    def send(number: int, deadline: float) -> None:
+        text = texts[number % len(texts)]
+        streams.append(chat(port, model, text, deadline=deadline))
+
+    run_clients(num_clients, send, seconds)
+    return streams
+
+
+def measure_embeddings(
+    port: int, model: str, texts: list[str], *, num_clients: int, seconds: float
+) -> float:
+    """Return the embeddings a second of so many clients with one text in a request."""
+    counts: list[int] = []
+
+    def send(number: int, deadline: float) -> None:
+        counts.append(embed(port, model, [texts[number % len(texts)]], deadline=deadline))
+
+    run_clients(num_clients, send, seconds)
+    return sum(counts) / seconds
+
+
+def measure_gaps_during_ingestion(
+    port: int, model: str, texts: list[str], *, seconds: float
+) -> tuple[list[Stream], float]:
+    """Return the streams of one client, and the chunks a second that others embed meanwhile."""
+    long_text = " ".join(texts)
+    long_text *= 1 + CHUNKS_PER_REQUEST * CHUNK_CHARS // len(long_text)
+    chunks = [
+        long_text[start : start + CHUNK_CHARS]
+        for start in range(0, CHUNKS_PER_REQUEST * CHUNK_CHARS, CHUNK_CHARS)
+    ]
+    counts: list[int] = []
+
+    def send(number: int, deadline: float) -> None:
+        counts.append(embed(port, model, chunks, deadline=deadline + START_SECONDS))
+
+    ingestion = threading.Thread(
+        target=run_clients, args=(NUM_INGESTING_CLIENTS, send, seconds), daemon=True
+    )
+    start = time.monotonic()
+    ingestion.start()
+    time.sleep(0.5)
+    streams = measure_chats(port, model, texts, num_clients=1, seconds=seconds)
+    ingestion.join()
+    return streams, sum(counts) / (time.monotonic() - start)
+
+
+def format_percentiles(values: list[float]) -> str:
+    """Return median, 95th percentile and largest value in milliseconds."""
+    if not values:
+        return f"{'none':>10}"
+    p50, p95, largest = np.percentile(values, [50, 95, 100])
+    return f"{1e3 * p50:10.0f} {1e3 * p95:10.0f} {1e3 * largest:10.0f}"
+
+
+def print_gaps(port: int, model: str, texts: list[str], seconds: float) -> None:
+    """Measure and print the gaps between two tokens, alone and during ingestion."""
+    print("\ngap between two tokens of a chat, ms           p50        p95    largest")
+    alone = measure_chats(port, model, texts, num_clients=1, seconds=seconds)
+    busy, rate = measure_gaps_during_ingestion(port, model, texts, seconds=2 * seconds)
+    for name, streams in (("alone", alone), ("while chunks are embedded", busy)):
+        gaps = [gap for stream in streams for gap in stream.gaps]
+        print(f"  {name:38} {format_percentiles(gaps)}", flush=True)
+    print(f"  {CHUNK_CHARS}-character chunks embedded meanwhile: {rate:.2f} a second")
+
+
+def print_rates(contender: Contender, port: int, texts: list[str], seconds: float) -> None:
+    """Measure and print chats and embeddings of all numbers of clients."""
+    print(f"\n{contender.name}")
+    print("  clients   tokens/s   first token, ms: p50        p95    largest   embeddings/s")
+    model = contender.model
+    for count in CLIENT_COUNTS:
+        streams = measure_chats(port, model, texts, num_clients=count, seconds=seconds)
+        rate = sum(len(stream.token_times) for stream in streams) / seconds
+        waits = [s.first_token_seconds for s in streams if s.first_token_seconds is not None]
+        embeddings = "-"
+        if contender.embeds:
+            value = measure_embeddings(port, model, texts, num_clients=count, seconds=seconds / 2)
+            embeddings = f"{value:.1f}"
+        waits_text = format_percentiles(waits)
+        print(f"  {count:7} {rate:10.1f}   {waits_text:>43} {embeddings:>14}", flush=True)
 
 
 def main() -> None:
     """Run the benchmark."""
     options = _bench.build_parser(__doc__).parse_args()
-    repeats = options.repeats or (1 if options.quick else 5)
-    model = DuetModel.from_pretrained(_bench.find_model_folder(options.model))
-    model.renderer.eos_token_ids = []
+    seconds = 15.0 if options.quick else 60.0
+    model = _bench.find_model_folder(options.model)
     texts = [caption for record in _bench.load_pairs(options.data) for caption in record.short]
-    texts = texts[: 16 if options.quick else 96]
-    _bench.print_machine()
-    with run_server(model) as port:
-        embed(port, texts[0])
-
-        requests = (port, texts, embed)
-        unbatched = {"module": worker_module, "constant": "TEXTS_PER_EMBEDDING_TURN"}
-        contenders = {
-            "vlduet": partial(send_all, *requests),
-            "one item per forward": partial(send_all_with_constant, *requests, **unbatched),
-        }
-        seconds = _bench.time_in_turns(contenders, repeats)
-        title = "embeddings, one per request"
-        _bench.print_ratios(title, "requests/s", seconds, work=len(texts), reference="vlduet")
-
-        requests = (port, texts[:8], chat)
-        unbatched = {"module": scheduler_module, "constant": "MAX_CONCURRENT_CHATS"}
-        contenders = {
-            "vlduet": partial(send_all, *requests),
-            "one chat after the other": partial(send_all_with_constant, *requests, **unbatched),
-        }
-        seconds = _bench.time_in_turns(contenders, repeats)
-        _bench.print_ratios(
-            "chats", "tokens/s", seconds, work=8 * ANSWER_TOKENS, reference="vlduet"
-        )
-
-        print_latencies(port, texts, embed, title="one embedding", repeats=repeats)
-        first_token = partial(chat, num_tokens=1)
-        print_latencies(port, texts, first_token, title="first token of an answer", repeats=repeats)
+    texts = texts[:256]
+    _bench.print_environment(options, model)
+    for contender in list_contenders(model):
+        logger.info(f"starting {contender.name}")
+        with run_server(contender) as port:
+            chat(port, contender.model, texts[0], deadline=time.monotonic() + START_SECONDS)
+            if contender.embeds:
+                print_gaps(port, contender.model, texts, seconds)
+            print_rates(contender, port, texts, seconds)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Other threads submit work: items to embed, a chat, or a call. The model's thread
 
 1. call     one call
 2. embed    items of up to `TOKENS_PER_TURN` padded tokens, taken from all requests in rotation, or
-            one part of a longer item; more if no chat waits
+            one part of a longer item; fewer on a slow machine, more if no chat waits
 3. chat     one image of a chat that is being prepared, then one token of every running chat
 
 Two further threads prepare what these turns read: they decode images, render and tokenise. Results
@@ -16,6 +16,7 @@ tokens and not for a list of long texts, and one copy of the weights does both.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -38,7 +39,13 @@ Result = TypeVar("Result")
 
 TOKENS_PER_TURN = 512
 """Most padded tokens that are embedded between two tokens of the running chats. A longer item is
-read in parts of so many tokens."""
+read in parts."""
+MIN_TOKENS_PER_TURN = 64
+TURN_SECONDS = 0.5
+"""Time that such a turn should take: it has fewer tokens, down to MIN_TOKENS_PER_TURN, where the
+model has been slower."""
+SPEED_SMOOTHING = 0.3
+"""Weight of the last pass in the average of the seconds that a token takes."""
 IMAGES_PER_TURN = 4
 """Most images that pass the vision tower in such a turn."""
 FREE_TURN_FACTOR = 2
@@ -76,6 +83,7 @@ class Worker:
             self._encoder = TowerEncoder(model)
         self._long_item: tuple[TurnItem, Iterator[np.ndarray | None]] | None = None
         self._long_item_waits = False
+        self._seconds_per_token = 0.0  # average over the last passes; 0 before the first one
         self._num_embedded = 0
         self._num_refused = 0
         # One lock for all queues: of requests, of what is prepared, and of what is running.
@@ -281,7 +289,7 @@ class Worker:
         for items in passes:
             if items[0].content.num_tokens > tokens:
                 content = items[0].content
-                chunks = self._encoder.embed_in_chunks(content, TOKENS_PER_TURN)
+                chunks = self._encoder.embed_in_chunks(content, min(tokens, TOKENS_PER_TURN))
                 self._long_item = items[0], chunks
                 self._continue_long_item()
             else:
@@ -290,10 +298,21 @@ class Worker:
     def _turn_limits(self) -> tuple[int, int]:
         """Return the most padded tokens and images of a turn now."""
         if self._scheduler is not None and self._scheduler.num_running:
-            return TOKENS_PER_TURN, IMAGES_PER_TURN
+            return self._limit_by_time(TOKENS_PER_TURN), IMAGES_PER_TURN
         is_cpu = not isinstance(self.model, DuetModel) or self.model.backbone.device.type == "cpu"
         factor = FREE_TURN_FACTOR if is_cpu else FORWARD_MAX_TOKENS // TOKENS_PER_TURN
         return TOKENS_PER_TURN * factor, IMAGES_PER_TURN * factor
+
+    def _limit_by_time(self, tokens: int) -> int:
+        """Return the number of tokens, at most `tokens`, that TURN_SECONDS are enough for."""
+        if self._seconds_per_token * tokens <= TURN_SECONDS:
+            return tokens
+        return min(tokens, max(MIN_TOKENS_PER_TURN, int(TURN_SECONDS / self._seconds_per_token)))
+
+    def _note_speed(self, num_tokens: int, seconds: float) -> None:
+        """Take a pass over so many tokens into the average time of a token."""
+        weight = SPEED_SMOOTHING if self._seconds_per_token else 1.0
+        self._seconds_per_token += weight * (seconds / max(1, num_tokens) - self._seconds_per_token)
 
     def _continue_long_item(self) -> None:
         """Read the next part of the long item, and give its job the vector after the last one."""
@@ -324,11 +343,13 @@ class Worker:
             item.job.fail(error, item.position)
 
         vectors: list[np.ndarray | None] = [None] * len(items)
+        start = time.monotonic()
         try:
             vectors = bisect_failures(embed, items, on_error=on_error)
         except Exception as error:  # noqa: BLE001 - delivered to the jobs that it fails
             for item in items:
                 item.job.fail(error)
+        self._note_speed(sum(item.content.num_tokens for item in items), time.monotonic() - start)
         self._deliver(items, vectors)
 
     def _deliver(self, items: list[TurnItem], vectors: Sequence[np.ndarray | None]) -> None:

@@ -158,6 +158,15 @@ def test_without_chats_a_turn_embeds_more(model, worker, padded_sizes):
     assert limit < max(padded_sizes) <= limit * factor
 
 
+def test_slow_model_embeds_fewer_tokens_between_two_tokens_of_a_chat(worker):
+    assert worker._limit_by_time(512) == 512, "the speed is not known yet"
+    worker._note_speed(100, seconds=0.2)
+    assert worker._limit_by_time(512) == 250
+    worker._note_speed(0, seconds=10.0)
+    assert worker._limit_by_time(512) == 64
+    assert worker._limit_by_time(40) == 40
+
+
 def test_turn_has_an_item_of_every_request(model, worker, passes):
     images = [tiny.random_image(i) for i in range(20)]
     finished: list[str] = []
