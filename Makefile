@@ -50,7 +50,16 @@ test: $(READY) ## run the tests
 mutants: $(READY) ## apply deliberate errors to copies of the package; a test must detect each of them
 	@PYTHONPATH=tests $(BIN)/python -m mutants.run --workers $(WORKERS) $(ARGS)
 
-slow: demo bench-quick ## run the longer jobs: the demo and a small run of every benchmark
+# The clients are installed beside the locked packages, which they do not change.
+CLIENTS := $(VENV)/.clients
+
+$(CLIENTS): requirements/clients.txt $(READY)
+	@$(PIP) install --require-hashes --no-deps -r requirements/clients.txt
+	@touch $@
+
+slow: demo bench-quick $(CLIENTS) ## run the demo, small benchmarks, clients, the container's steps and long fuzzing
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o faulthandler_timeout=3600 \
+	  --slow-model runs/demo/model --fuzz-rounds 500 tests/slow tests/fuzz
 
 lint: $(READY) ## run ruff and mypy
 	@$(BIN)/ruff check .

@@ -1,4 +1,9 @@
-"""Requests that schemathesis derives from the OpenAPI document find no mistake of the server."""
+"""Requests that schemathesis derives from the OpenAPI document find no mistake of the server.
+
+One check is left out, `positive_data_acceptance`: that every request which fits the document is
+accepted. A document cannot express that a text has few enough tokens, that an image decodes, that
+the last message is the user's, or which keys a filter may use: these requests get status 400.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,7 @@ def test_schemathesis_has_no_findings(server: LiveServer, tmp_path: Path) -> Non
         f"--header=Authorization: Bearer {API_KEY}",
         f"--max-examples={MAX_EXAMPLES}",
         "--checks=all",
+        "--exclude-checks=positive_data_acceptance",
         "--seed=27",
         "--request-timeout=60",
         "--continue-on-failure",

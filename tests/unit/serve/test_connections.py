@@ -20,7 +20,9 @@ from vlduet.serve.limits import ServerLimits
 from vlduet.serve.server import build_server
 
 LONG = 30.0
-"""Seconds that no test reaches."""
+"""Limit in seconds that no test reaches."""
+MAX_WAIT = 10.0
+"""Seconds after which a client gives up, and its test fails."""
 
 
 async def measure_body(request: Request) -> Response:
@@ -65,7 +67,9 @@ def serve(**limits: float) -> Iterator[tuple[int, Starlette]]:
     server = build_server(app, limits=ServerLimits(**all_limits))  # type: ignore[arg-type]
     listening_socket = socket.create_server(("127.0.0.1", 0))
     port = listening_socket.getsockname()[1]
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening_socket]})
+    thread = threading.Thread(
+        target=server.run, kwargs={"sockets": [listening_socket]}, daemon=True
+    )
     thread.start()
     try:
         yield port, app
@@ -77,7 +81,7 @@ def serve(**limits: float) -> Iterator[tuple[int, Starlette]]:
 
 
 def connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=LONG)
+    return socket.create_connection(("127.0.0.1", port), timeout=MAX_WAIT)
 
 
 def read_to_end(client: socket.socket) -> bytes:
