@@ -23,6 +23,8 @@ from vlduet.serve.scheduler import ChatRequest
 from vlduet.serve.worker import ServerBusyError, Worker
 
 BROKEN_IMAGE = ImageRef(data=b"no picture")
+one_family = pytest.mark.parametrize("family", ["fast_vlm"], indirect=True)
+"""Mark of tests of which the family of the model does not change the result."""
 
 
 @pytest.fixture
@@ -147,6 +149,7 @@ def test_parts_of_a_long_text_give_its_vector(model, worker, monkeypatch, padded
     np.testing.assert_allclose(embed(worker, [mixture], is_query=True), expected_mixture, atol=1e-5)
 
 
+@one_family
 def test_without_chats_a_turn_embeds_more(model, worker, padded_sizes):
     items = ["word " * 50] * 12
     with hold_worker(worker):
@@ -158,6 +161,7 @@ def test_without_chats_a_turn_embeds_more(model, worker, padded_sizes):
     assert limit < max(padded_sizes) <= limit * factor
 
 
+@one_family
 def test_slow_model_embeds_fewer_tokens_between_two_tokens_of_a_chat(worker):
     assert worker._limit_by_time(512) == 512, "the speed is not known yet"
     worker._note_speed(100, seconds=0.2)
@@ -167,6 +171,7 @@ def test_slow_model_embeds_fewer_tokens_between_two_tokens_of_a_chat(worker):
     assert worker._limit_by_time(40) == 40
 
 
+@one_family
 def test_turn_has_an_item_of_every_request(model, worker, passes):
     images = [tiny.random_image(i) for i in range(20)]
     finished: list[str] = []
@@ -179,6 +184,7 @@ def test_turn_has_an_item_of_every_request(model, worker, passes):
     assert single.result(60).vectors.shape == (1, model.dim) and finished == ["single", "many"]
 
 
+@one_family
 def test_lengths_and_cuts_are_counted(model, worker):
     limit = model.renderer.max_tokens
     long = "word " * limit
@@ -192,6 +198,7 @@ def test_lengths_and_cuts_are_counted(model, worker):
     assert worker.read_statistics().embedded_items >= 2
 
 
+@one_family
 def test_text_that_is_certainly_too_long_is_not_tokenised(model, worker, monkeypatch):
     def refuse_to_tokenise(*_, **__):
         raise AssertionError("it was tokenised")
@@ -203,6 +210,7 @@ def test_text_that_is_certainly_too_long_is_not_tokenised(model, worker, monkeyp
     assert isinstance(error, DataError) and "more than" in str(error)
 
 
+@one_family
 def test_slow_image_does_not_block_other_requests_and_chats(model, worker, monkeypatch):
     release = threading.Event()
     slow, prepare_image = tiny.random_image(9), model.prepare_image
