@@ -93,7 +93,8 @@ class _LoggedResponse:
     def format_line(self) -> str:
         """Return the line of the log: time of the end, id, client, method, path, status and size.
 
-        The time is UTC, the duration in seconds. A path is encoded as in a URL, so that it contains no blanks and control characters.
+        The time is UTC, the duration in seconds. A path is encoded as in a URL, so that it contains
+        no blanks and control characters.
         """
         client = (self.scope.get("client") or ("-",))[0]
         path = quote(self.scope["path"], safe="/:@!$&'()*+,;=~")[:MAX_LOGGED_PATH]
