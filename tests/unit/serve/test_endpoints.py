@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import SearchOptions, search, search_similar
 from vlduet.serve import fields
+from vlduet.serve import resources as resources_module
 from vlduet.serve.app import Service
+from vlduet.serve.routes import embeddings as embeddings_module
+from vlduet.serve.routes import images as images_module
 from vlduet.serve.worker import Worker
 
 IDS = ["plain", "a folder/in it#1", "50 % ünïcode?&+", "no image", "gone"]
@@ -297,6 +301,36 @@ def test_images_that_are_not_there(
     body = json.loads(response.read())
     assert response.status == status and message in body["error"]["message"]
     assert str(folder) not in json.dumps(body)
+
+
+# ------------------------------------------------------------------ event loop
+
+
+def test_slow_work_on_requests_is_outside_of_the_event_loop(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, threading.Thread] = {}
+
+    def record(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            threads[name] = threading.current_thread()
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    record(resources_module, "check_fields")
+    record(embeddings_module, "parse_inputs")
+    record(embeddings_module, "format_vectors")
+    record(resources_module, "search_vector")
+    record(images_module, "encode_preview")
+    assert server.request("/v1/embeddings", {"input": "a"})[0] == 200
+    assert server.request(SEARCH, {"query": "a"})[0] == 200
+    assert server.send("/v1/images/plain").status == 200
+    assert len(threads) == 5
+    used = set(threads.values())
+    assert not used & {server.thread, server.service.worker._thread}
 
 
 # ------------------------------------------------------------------ fields
