@@ -217,7 +217,9 @@ def _print_build_report(report: BuildReport, source: Path, to: Path, *, max_toke
         print_text(f"{report.outdated} of these were indexed before, and stay as they were")
     for remark in report.remarks:
         print_text(remark)
-    if report.absent:
+    if report.absent and report.unreadable:
+        print_text(f"{report.absent} more were not in what could be read of the source")
+    elif report.absent:
         print_text(f"{report.absent} are no longer in the source: --prune removes them")
     if report.other_sources:
         print_text(f"{report.other_sources} came from other sources, and stay as they were")

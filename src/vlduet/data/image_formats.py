@@ -16,6 +16,8 @@ HEIC_FORMAT = "HEIC"
 """Format that is decoded only with the extra ``heic``, which `can_decode_heic` looks for."""
 DECODED_FORMATS = ("AVIF", "BMP", "GIF", HEIC_FORMAT, "JPEG", "PNG", "TIFF", "WEBP")
 """Names of `detect_image_format` that are decoded; all others are refused."""
+HEIC_MESSAGE = "a HEIC image, which needs the extra vlduet[heic]"
+"""Message of the error of a HEIC or HEIF image without the extra."""
 HEIC_FIX = 'Run: pip install "vlduet[heic]", or convert it to JPEG'
 """What helps against a HEIC or HEIF image without the extra."""
 HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})

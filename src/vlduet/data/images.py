@@ -34,6 +34,7 @@ from vlduet.data.image_formats import (
     HEAD_BYTES,
     HEIC_FIX,
     HEIC_FORMAT,
+    HEIC_MESSAGE,
     IMAGE_SUFFIXES,
     can_decode_heic,
     detect_image_format,
@@ -212,7 +213,7 @@ def _find_decoder(kind: str, name: str) -> str:
     """
     if kind == HEIC_FORMAT:
         if not can_decode_heic():
-            raise ImageError("a HEIC image, which needs the extra heic", place=name, fix=HEIC_FIX)
+            raise ImageError(HEIC_MESSAGE, place=name, fix=HEIC_FIX)
         import pillow_heif
 
         pillow_heif.register_heif_opener()

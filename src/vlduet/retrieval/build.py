@@ -88,6 +88,8 @@ class BuildReport:
     """Documents of the index that came from other sources; they are as before."""
     quarantined: int
     """Records and documents that were left out."""
+    unreadable: int
+    """Files, folders and rows of the source among these that could not be read."""
     causes: dict[str, int]
     """Number of these by cause."""
     truncated: int
@@ -425,6 +427,7 @@ class _BuildJob:
             outdated=len(self.unusable_ids & self.stored_ids),
             other_sources=len(self.state.foreign),
             quarantined=self.quarantine.count,
+            unreadable=self.num_unreadable,
             causes=self.quarantine.count_by_cause(),
             truncated=self.num_truncated,
             count=self.store.count(),

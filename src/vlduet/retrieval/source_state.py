@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
-from urllib.parse import quote
 
 from vlduet.data import images
 from vlduet.data.readers.containers import is_pattern
@@ -74,7 +73,7 @@ class SourceState:
         self.foreign: dict[str, int] = {}
         self._new_versions: dict[bytes, tuple[str, str]] = {}
         # The folder's lock is ours; locks of SQLite fail on some network drives.
-        uri = f"file:{quote(str(self.path.resolve()))}?nolock=1"
+        uri = f"{self.path.resolve().as_uri()}?nolock=1"
         with self._translate_errors():
             self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
             self._database.executescript(_SCHEMA)

@@ -32,7 +32,7 @@ def model() -> FakeModel:
 def run(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> Run:
     """Run a command; a model folder named "other" opens another model. Raises its errors."""
 
-    def open_model(folder: Path) -> FakeModel:
+    def open_model(folder: Path, **options: Any) -> FakeModel:
         return FakeModel("another") if folder.name == "other" else model
 
     monkeypatch.setattr(dual, "open_embedder", open_model)
@@ -69,13 +69,58 @@ def test_index_is_updated_and_pruned(run: Run, folder: Path, pairs: Path, tmp_pa
     text = run(*command).stdout
     assert "2 kept" in text and "1 left out (1 x the image is an unknown kind of file" in text
     assert "1 of these were indexed before, and stay as they were" in text
-    assert "1 are no longer in the source: --prune removes them" in text
+    assert "1 more were not in what could be read of the source" in text
     with pytest.raises(RetrievalError, match="cannot be read"):
         run(*command, "--prune")
     image.write_bytes(data)
+    assert "1 are no longer in the source: --prune removes them" in run(*command).stdout
     report = json.loads(run(*command, "--prune", "--json").stdout)
     expected = {"removed": 1, "kept": 3, "count": 3, "quarantined": 0}
     assert {name: report[name] for name in expected} == expected
+
+
+def test_a_source_of_which_nothing_can_be_indexed_is_a_failure(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"id": name, "image": f"{name}.png", "short": "A."} for name in ("gone", "gone2")]
+    source = write_records(tmp_path / "r.jsonl", rows)
+    for to, count in ((tmp_path / "new", 0), (folder, 4)):
+        result = run("index", tmp_path / "model", source, "--to", to)
+        assert result.exit_code == 1
+        assert f"{to}: {count} documents (nothing in {source} could be indexed)" in result.stdout
+        assert "2 left out (2 x no such image): see" in result.stdout
+    result = run("index", tmp_path / "model", source, "--to", tmp_path / "new", "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)["quarantined"] == 2
+    with pytest.raises(RetrievalError, match="nothing to embed"):
+        run("encode", tmp_path / "model", source, "--out", tmp_path / "v.npz")
+
+
+def test_files_that_are_not_read_are_part_of_the_summary(run: Run, tmp_path: Path) -> None:
+    photos, to = tmp_path / "photos", tmp_path / "index"
+    paint(photos / "a.png", (0, 0, 0))
+    paint(photos / "#recycle" / "b.png", (0, 0, 0))
+    (photos / "c.mov").write_bytes(b"?")
+    command = ["index", tmp_path / "model", photos, "--to", to]
+    assert run(*command).stdout == (
+        f"{to}: 1 documents (1 added)\n"
+        "1 file is not read: 1 .mov (c.mov)\n"
+        "1 hidden file, thumbnail or recycle bin, left out: #recycle\n"
+    )
+    report = json.loads(run(*command, "--rehash", "--json").stdout)
+    assert (report["kept"], report["unread"], report["system_files"]) == (
+        1,
+        {".mov": 1},
+        {"#recycle": 1},
+    )
+    paint(tmp_path / "more" / "a.png", (1, 1, 1))
+    command[2] = tmp_path / "more"
+    with pytest.raises(RetrievalError, match="a document has the id of a document of"):
+        run(*command)
+    assert "1 updated" in run(*command, "--force").stdout
+    result = run("encode", tmp_path / "model", photos, "--out", tmp_path / "v.npz")
+    assert "1 file is not read: 1 .mov (c.mov)" in result.stdout
+    result = run("encode", tmp_path / "model", photos, "--out", tmp_path / "v.npz", "--json")
+    assert json.loads(result.stdout)["unread"] == {".mov": 1}
 
 
 def test_search_by_text_image_and_filters(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -90,6 +135,49 @@ def test_search_by_text_image_and_filters(run: Run, folder: Path, tmp_path: Path
     filters = ["--where", "hue in red,blue", "--where", "warm=true"]
     hits = json.loads(run("search", folder, "x", *filters, "--json").stdout)["hits"]
     assert [hit["id"] for hit in hits] == ["red"]
+
+
+def test_options_of_a_search_select_hits(run: Run, folder: Path) -> None:
+    def find(*arguments: object) -> list[str]:
+        lines = run("search", folder, *arguments).stdout.splitlines()
+        return [line.split("\t")[2] for line in lines]
+
+    assert find("red", "--offset", 1, "-k", 1) == ["yellow"]
+    assert find("red", "--threshold", 0.9) == ["red"]
+    assert find("red", "--distinct", "--exact", "-k", 2) == ["red", "yellow"]
+    assert find("--like", "red", "-k", 1) == ["yellow"]
+    assert find("red", "--where", "year>2000 and hue in yellow,'red'") == ["yellow"]
+    with pytest.raises(RetrievalError, match="both a query and --like"):
+        run("search", folder, "red", "--like", "red")
+    with pytest.raises(RetrievalError, match="no document 'pink'"):
+        run("search", folder, "--like", "pink")
+    with pytest.raises(RetrievalError, match="from -1 to 1"):
+        run("search", folder, "red", "--threshold", 3)
+
+
+def test_a_document_like_another_one_is_found_without_the_model(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model").rmdir()
+    assert "yellow" in run("search", folder, "--like", "red", "-k", 1).stdout
+
+
+def test_index_check_measures_the_recall_of_an_index(
+    run: Run, folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    assert (
+        "recall@10 1.000 for 4 of 4 documents; searches are exact"
+        in run("index", "check", folder).stdout
+    )
+    command = ["index", tmp_path / "model", pairs, "--to", folder, "--ann"]
+    run(*command, "on")
+    values = json.loads(run("index", "check", folder, "--sample", 2, "--json").stdout)
+    assert values["is_approximate"] and (values["recall"], values["sample"]) == (1.0, 2)
+    run(*command, "off")
+    assert "searches are exact" in run("index", "check", folder).stdout
+    assert run("index", "check").exit_code == 2 and run(*command, "maybe").exit_code == 2
+    assert "--sample" in run("index", "check", "--help").stdout
+    assert "vlduet index check" in run("index", "--help").stdout
 
 
 def test_model_of_the_index_is_checked_and_may_be_named(

@@ -73,7 +73,7 @@ def test_what_cannot_be_opened_is_no_image(tmp_path: Path) -> None:
         (b"\xff\xff\xff\xffftyp", "MP4"),
     ],
 )
-def test_containers_are_told_apart_by_their_brands(head: bytes, kind: str) -> None:
+def test_the_brands_of_a_container_tell_its_format(head: bytes, kind: str) -> None:
     assert detect_image_format(head) == kind
 
 

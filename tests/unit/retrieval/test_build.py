@@ -29,7 +29,8 @@ from vlduet.retrieval.search import search
 
 
 def nonzero_counts(report: Any) -> dict[str, int]:
-    counts = {name: getattr(report, name) for name in report.__slots__ if name != "causes"}
+    names = [name for name in report.__slots__ if name not in ("causes", "unreadable")]
+    counts = {name: getattr(report, name) for name in names}
     assert sum(report.causes.values()) == report.quarantined
     return {name: count for name, count in counts.items() if count}
 

@@ -85,7 +85,7 @@ def test_images_of_records_are_not_read_again(tmp_path: Path, model: Any, reads:
     assert report.outdated == 1 and report.causes == {"no such image": 1}
 
 
-def test_versions_of_files_that_are_gone_are_forgotten_by_prune(
+def test_versions_of_missing_files_are_forgotten_by_prune(
     photos: Path, tmp_path: Path, model: Any
 ) -> None:
     build_index(model, photos, to=tmp_path / "index")
@@ -128,7 +128,9 @@ def test_another_source_with_equal_names_is_refused_and_changes_nothing(
     assert (report.updated, report.added, report.other_sources) == (4, 1, 0)
 
 
-def test_sources_with_other_names_are_kept_apart(photos: Path, tmp_path: Path, model: Any) -> None:
+def test_sources_with_other_ids_keep_their_documents(
+    photos: Path, tmp_path: Path, model: Any
+) -> None:
     to, more = tmp_path / "index", tmp_path / "more"
     paint(more / "black.png", (0, 0, 0))
     paint(more / "white.png", (255, 255, 255))
@@ -142,7 +144,7 @@ def test_sources_with_other_names_are_kept_apart(photos: Path, tmp_path: Path, m
     assert (report.kept, report.removed, report.other_sources) == (4, 0, 1)
 
 
-def test_a_source_that_was_moved_keeps_its_documents(
+def test_a_source_at_a_new_path_keeps_its_documents(
     photos: Path, tmp_path: Path, model: Any
 ) -> None:
     to = tmp_path / "index"
@@ -161,7 +163,7 @@ def test_a_source_that_was_moved_keeps_its_documents(
     assert (report.updated, report.other_sources) == (4, 0)
 
 
-def test_source_and_index_that_were_moved_together_stay_together(
+def test_a_source_at_a_new_path_with_its_index_is_the_same(
     photos: Path, tmp_path: Path, model: Any
 ) -> None:
     (tmp_path / "project").mkdir()

@@ -67,7 +67,7 @@ def scan_folder(folder: Path, ignored: IgnoredData) -> FolderContent:
             ignored.add("system", "._*" if entry.name.startswith("._") else entry.name)
         elif kind == "folder" and entry.is_symlink():
             ignored.add("linked folder", str(path))
-        elif kind == "folder" and (path / "store" / "rows.lance").is_dir():
+        elif kind == "folder" and os.path.isdir(path / "store" / "rows.lance"):
             ignored.add("system", f"{entry.name} (an index)")
         elif kind == "folder":
             content.subfolders.append(entry.name)

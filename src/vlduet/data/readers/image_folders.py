@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.image_formats import HEIC_FIX, HEIC_SUFFIXES, needs_heic_extra
+from vlduet.data.image_formats import HEIC_FIX, HEIC_MESSAGE, HEIC_SUFFIXES, needs_heic_extra
 from vlduet.data.readers.folder_scan import iter_folders
 from vlduet.data.readers.rows import UTF8_FIX, ReadContext, SourceRow, split_caption_lines
 from vlduet.data.records import Place, is_utf8_encodable
@@ -65,8 +65,7 @@ def read_image_rows(
             yield SourceRow.broken(place, context, ascii(image), message=message, fix="Rename it")
             continue
         if path.suffix.lower() in HEIC_SUFFIXES and needs_heic_extra(path):
-            message = "a HEIC image, which needs the extra heic"
-            yield SourceRow.broken(place, context, image, message=message, fix=HEIC_FIX)
+            yield SourceRow.broken(place, context, image, message=HEIC_MESSAGE, fix=HEIC_FIX)
             continue
         try:
             value = {**_read_sidecars(path, files), "image": image}

@@ -1,4 +1,4 @@
-"""What a folder holds besides data is left out and counted, whatever its name or kind."""
+"""Links, thumbnails and other items of a folder that are no data are left out and counted."""
 
 from __future__ import annotations
 
@@ -129,6 +129,23 @@ def test_a_folder_that_cannot_be_read_is_an_error(
     unlisted = list(append_unlisted_images([], tmp_path, on_error=errors.append))
     assert [record.id for record in unlisted] == ["a.png"]
     assert "cannot be read (Permission denied)" in str(errors[0])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_leaves_the_others_readable(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png", "locked/b.png")
+    (tmp_path / "locked").chmod(0)
+    (record,), (error,) = read_with_errors(tmp_path)
+    (tmp_path / "locked").chmod(0o700)
+    assert record.id == "a.png" and "Permission denied" in str(error)
+
+
+def test_an_index_in_the_source_is_left_out(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png", "ix/images/0123456789abcdef")
+    (tmp_path / "ix" / "store" / "rows.lance").mkdir(parents=True)
+    ignored = IgnoredData()
+    assert [record.id for record in read_records(tmp_path, ignored=ignored)] == ["a.png"]
+    assert ignored.count_system_files() == {"ix (an index)": 1}
 
 
 def test_an_entry_whose_kind_is_unknown_is_read_as_a_file(
