@@ -371,6 +371,6 @@ def test_close_fails_running_preparing_and_waiting_chats(endless, monkeypatch):
     worker.close()
     assert isinstance(outputs[-1], ServerBusyError)
     for waiting in later:
-        assert isinstance(waiting.read_all()[0], ServerBusyError)
+        assert isinstance(waiting.read_all()[-1], ServerBusyError)
     with pytest.raises(ServerBusyError):
         worker.submit_embedding(["a"], is_query=False)
