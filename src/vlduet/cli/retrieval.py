@@ -70,7 +70,7 @@ def search(
         if like is not None:
             hits = search_similar(opened, like, k=k, where=where, options=options)
         else:
-            embedder = open_embedder(model or opened.model_path)
+            embedder = open_embedder(model or opened.model_path, check_golden="once")
             hits = find_hits(opened, embedder, query, k=k, where=where, options=options)
     if as_json:
         print_json({"index": str(folder), "hits": [_hit_fields(hit) for hit in hits]})

@@ -54,6 +54,7 @@ from vlduet.model.fingerprints import hash_checkpoint
 from vlduet.model.limits import TruncationCallback, log_first_truncation, too_long_error
 from vlduet.model.pooling import Readout
 from vlduet.model.processing import IMAGE_BACKEND
+from vlduet.model.saving import GoldenCheck
 from vlduet.model.score_statistics import ScoreStatistics
 from vlduet.structured_files import check_fields, read_json_object, read_safetensors_header
 
@@ -406,8 +407,12 @@ def open_dual_as_encoder(
     return FrozenEncoder(folder, ("image", "text"), load, fingerprint, load_token_counter)
 
 
-def open_embedder(folder: Path) -> DuetModel | DualEncoder:
+def open_embedder(folder: Path, *, check_golden: GoldenCheck = True) -> DuetModel | DualEncoder:
     """Return the model of a folder, which embeds and perhaps generates, on the default device.
+
+    Args:
+        folder: the folder, or the name of a model on a hub.
+        check_golden: as of `DuetModel.from_pretrained`; a dual encoder has nothing to compare.
 
     Raises:
         ModelError: neither a dual encoder nor a model or checkpoint of `DuetModel`.
@@ -415,7 +420,7 @@ def open_embedder(folder: Path) -> DuetModel | DualEncoder:
     folder = resolve_model(folder)
     if (folder / MANIFEST_NAME).is_file():
         return DualEncoder.from_pretrained(folder, device=select_device())
-    return DuetModel.from_pretrained(folder)
+    return DuetModel.from_pretrained(folder, check_golden=check_golden)
 
 
 def write_score_statistics(folder: Path, statistics: ScoreStatistics) -> None:

@@ -465,7 +465,7 @@ class DuetModel(nn.Module):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        check_golden: bool = True,
+        check_golden: saving.GoldenCheck = True,
         prompts: Prompts | None = None,
         max_tokens: int | None = None,
         max_image_tokens: int | None = None,
@@ -478,7 +478,7 @@ class DuetModel(nn.Module):
             dtype: of language model and vision tower; projector, head and adapter have float32.
                 None is float32 on a CPU, and bfloat16 on a GPU for a checkpoint that was saved in
                 half precision.
-            check_golden: compare embeddings of fixed inputs with those at saving.
+            check_golden: compare embeddings of fixed inputs with those at saving (`open_model`).
             prompts: prompts for a checkpoint, by default VladVA's; a model folder has its own.
             max_tokens: longest sequence; None: as saved, or 2,048 (`Limits.from_manifest`).
             max_image_tokens: most tokens of an image; None: as saved, or 1,536 for a checkpoint.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from vlduet.errors import ModelError
 from vlduet.files import recover_folder, replace_folder_atomically
 from vlduet.hub import resolve_model
 from vlduet.library_errors import COPY_AGAIN, translate_library_errors
-from vlduet.model import checkpoint
+from vlduet.model import checkpoint, golden_memory
 from vlduet.model.adapters import save_lora
 from vlduet.model.backbone import load_backbone, select_device
 from vlduet.model.embedding import encode
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
 
     ModelT = TypeVar("ModelT", bound=DuetModel)
+
+GoldenCheck = bool | Literal["once"]
+"""Whether an opened model is compared with the saved one, see `open_model`."""
 
 WEIGHTS_NAME = "model.safetensors"
 """File of the weights of a checkpoint that has a single one."""
@@ -181,7 +184,7 @@ def open_model(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    check_golden: bool = True,
+    check_golden: GoldenCheck = True,
     prompts: Prompts | None = None,
     max_tokens: int | None = None,
     max_image_tokens: int | None = None,
@@ -196,7 +199,8 @@ def open_model(
             known family; or its name on the hub (`hub.resolve_model`).
         device: None is the GPU if there is one.
         dtype: see `DuetModel.from_pretrained`.
-        check_golden: embed the golden inputs and compare them with those at saving.
+        check_golden: embed the golden inputs and compare them with those at saving; "once" does so
+            only if this machine has not yet reproduced them with its libraries (`golden_memory`).
         prompts: prompts for a plain checkpoint, by default those of `Prompts`, or for that of a
             published model, in place of its own settings. A model folder has its own, and this
             argument is ignored.
@@ -251,7 +255,7 @@ def open_model(
         model.load_adapter(saved.adapter_folder)
     checkpoint.verify_tensors(saved.manifest, _trained_tensors(model), place=Path(folder))
     if check_golden and saved.golden_vectors is not None:
-        _check_golden_vectors(saved.golden_vectors, model, place=Path(folder))
+        _check_golden_vectors(saved, model, place=Path(folder), once=check_golden == "once")
     model.score_statistics = checkpoint.read_score_statistics(saved.manifest, manifest_path)
     if max_image_tokens is not None:
         _change_image_limit(model, max_image_tokens)
@@ -266,11 +270,22 @@ def _change_image_limit(model: DuetModel, max_image_tokens: int) -> None:
         model.score_statistics = None  # images have other embeddings now
 
 
-def _check_golden_vectors(saved: Tensor, model: DuetModel, *, place: Path) -> None:
-    """Raise ModelError if the model embeds the golden inputs otherwise than when it was saved."""
+def _check_golden_vectors(
+    saved: checkpoint.Checkpoint, model: DuetModel, *, place: Path, once: bool
+) -> None:
+    """Raise ModelError if the model embeds the golden inputs otherwise than when it was saved.
+
+    With `once`, nothing is computed if this was found before; what is found is remembered.
+    """
+    assert saved.golden_vectors is not None
+    dtype, device = model.backbone.model.dtype, str(model.backbone.device)
+    memory = golden_memory.find_memory(saved.manifest, dtype=dtype, device=device)
+    if once and memory is not None and memory.exists():
+        return
     vectors = compute_golden_vectors(model)
-    dtype = model.backbone.model.dtype
-    checkpoint.check_golden_vectors(saved, vectors, dtype=dtype, place=place)
+    checkpoint.check_golden_vectors(saved.golden_vectors, vectors, dtype=dtype, place=place)
+    if memory is not None:
+        golden_memory.remember(memory)
 
 
 @torch.no_grad()
