@@ -17,7 +17,7 @@ try:
     from uvicorn.protocols.http.h11_impl import H11Protocol
     from uvicorn.server import ServerState
 except ImportError as error:
-    message = "serving needs starlette and uvicorn"
+    message = "serving needs fastapi and uvicorn"
     raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
 ABORT_SECONDS = 2.0

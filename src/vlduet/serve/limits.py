@@ -11,7 +11,7 @@ from vlduet.serve.asgi import ASGIApp, Receive, Scope, Send, find_headers
 try:
     from starlette.exceptions import HTTPException
 except ImportError as error:
-    message = "serving needs starlette and uvicorn"
+    message = "serving needs fastapi and uvicorn"
     raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
 

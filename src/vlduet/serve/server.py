@@ -45,7 +45,7 @@ try:
     import uvicorn
     from starlette.middleware.cors import CORSMiddleware
 except ImportError as error:
-    message = "serving needs starlette and uvicorn"
+    message = "serving needs fastapi and uvicorn"
     raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
 MAX_SHARE_OF_FILES = 0.5

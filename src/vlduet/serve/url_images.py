@@ -22,7 +22,7 @@ from vlduet.serve.hosts import check_host_name
 try:
     import h11
 except ImportError as error:
-    message = "serving needs starlette and uvicorn"
+    message = "serving needs fastapi and uvicorn"
     raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
