@@ -116,7 +116,7 @@ class _Reader:
             self._check_no_or(value)
             values.append(value)
             if comma < 0:
-                self.position = max(end, self.position)
+                self.position = end
                 return values, is_quoted
             self.position = comma + 1
 

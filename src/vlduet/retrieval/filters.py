@@ -201,14 +201,15 @@ def _iter_conditions(where: Where) -> Iterable[Condition | TextCondition]:
             is_collection = isinstance(value, list | tuple | set | frozenset)
             yield Condition(key, "in" if is_collection else "=", value)
         return
+    if where is not None and not isinstance(where, Iterable):
+        raise _no_condition_error(where)
     for item in [where] if isinstance(where, str) else where or ():
         if isinstance(item, str):
             yield from split_conditions(item)
         elif isinstance(item, Condition):
             yield item
         else:
-            fix = "Give texts such as year>=2024, or Conditions"
-            raise RetrievalError(f"{quote_value(item)} is no condition", place="where", fix=fix)
+            raise _no_condition_error(item)
 
 
 def _parse_values(condition: TextCondition, fields: FilterFields) -> Condition:
@@ -298,6 +299,11 @@ def _get_kinds(key: str, fields: FilterFields) -> set[str]:
         message = f"no document has metadata {quote_value(key)}"
         raise RetrievalError(message, place="where", fix=suggest_name(key[:200], fields))
     return set(fields[key])
+
+
+def _no_condition_error(value: object) -> RetrievalError:
+    fix = "Give texts such as year>=2024, or Conditions"
+    return RetrievalError(f"{quote_value(value)} is no condition", place="where", fix=fix)
 
 
 def _too_many_values_error(place: str) -> RetrievalError:

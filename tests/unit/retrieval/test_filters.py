@@ -94,6 +94,8 @@ def test_and_separates_conditions_outside_of_quotes() -> None:
         Condition("category", "in", ["a", "b and c"]),
         Condition("new", "=", True),
     ]
+    empty = [Condition("category", "=", ""), Condition("year", ">", 0)]
+    assert list(parse_conditions("category= and year>0", FIELDS)) == empty
     assert list(parse_conditions(text, FIELDS)) == expected
     assert list(parse_conditions([text], FIELDS)) == expected
 
@@ -129,6 +131,7 @@ def test_and_separates_conditions_outside_of_quotes() -> None:
         ("category=salt and pepper", "'pepper' behind 'and' is no condition. Put a value"),
         ("category=salt and", "behind 'and' is no condition"),
         ("and=1 and", "behind 'and' is no condition"),
+        ("category= and  and year>0", "no document has metadata 'and year'"),
         ("category='salt' pepper", "text behind a closing quote"),
         ("category='salt", "a quote that is not closed"),
         ("'category=salt", "a quote that is not closed"),
@@ -262,9 +265,10 @@ def test_unknown_operator_empty_list_and_text_for_in_are_refused() -> None:
         Condition("x", "in", "abc")
     with pytest.raises(RetrievalError, match="an empty list"):
         parse_conditions({"category": []}, FIELDS)
-    wrong: Any = [7]
-    with pytest.raises(RetrievalError, match="7 is no condition"):
-        parse_conditions(wrong, FIELDS)
+    for wrong in (7, [7]):
+        where: Any = wrong
+        with pytest.raises(RetrievalError, match="7 is no condition"):
+            parse_conditions(where, FIELDS)
 
 
 @pytest.mark.parametrize("where", [["price<100"], [Condition("price", "<", "100")]])
