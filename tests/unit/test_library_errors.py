@@ -31,9 +31,7 @@ DISK_ERRORS = [
     RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 1 vs 2"),
     SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
 ]
-LANCE_PLACE = (
-    "/root/.cargo/registry/src/index.crates.io-19/lance-13.0.0/src/io.rs:2:9"
-)
+LANCE_PLACE = "/root/.cargo/registry/src/index.crates.io-19/lance-13.0.0/src/io.rs:2:9"
 MEMORY_ERRORS = [
     MemoryError(),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
@@ -91,7 +89,10 @@ def test_a_lack_of_memory_is_no_broken_file(error: Exception) -> None:
     [
         (f"lance error: IO: No space left on device (os error 28), {LANCE_PLACE}", "no space left"),
         ("database or disk is full", "no space left on the disk (disk is full)"),
-        (f"lance error: Invalid user input: cut, {LANCE_PLACE}", "a broken index (lance error: Invalid user input: cut)"),
+        (
+            f"lance error: Invalid user input: cut, {LANCE_PLACE}",
+            "a broken index (lance error: Invalid user input: cut)",
+        ),
     ],
 )
 def test_the_place_in_the_source_of_a_library_is_left_out(message: str, words: str) -> None:
