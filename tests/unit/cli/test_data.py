@@ -169,7 +169,7 @@ def test_strict_turns_what_is_not_read_into_an_error(
 ) -> None:
     source.write_text("".join(source.read_text().splitlines(keepends=True)[::2]))
     monkeypatch.setattr(IgnoredData, "__bool__", lambda self: True)
-    monkeypatch.setattr(IgnoredData, "messages", lambda self: ["2 rows with a column `x`"])
+    monkeypatch.setattr(IgnoredData, "messages", lambda self, **_: ["2 rows with a column `x`"])
     assert RUNNER.invoke(app, ["check", str(source)]).exit_code == 0
     result = RUNNER.invoke(app, ["check", str(source), "--strict"])
     assert result.exit_code == 1 and "error: " in result.stdout and "`x`" in result.stdout

@@ -29,10 +29,11 @@ from helpers.tiny_published import (
 )
 from vlduet.data.images import load_image
 from vlduet.data.records import ImageRef, Message
-from vlduet.errors import ModelError
+from vlduet.errors import DataError, ModelError
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.checkpoint import MANIFEST_NAME, find_damage
 from vlduet.model.duet import DuetModel, Embeddable
+from vlduet.model.limits import accept_truncation
 from vlduet.model.sentence_transformers_format import read_published_model
 
 WIDE = tiny.random_image(3, 24, width=40)
@@ -60,7 +61,7 @@ def assert_equal_vectors(folder: Path, items: list[Embeddable] = ITEMS) -> DuetM
     for is_query in (False, True):
         encode = reference.encode_query if is_query else reference.encode_document
         expected = np.concatenate([encode([convert_item(item)]) for item in items])
-        vectors = model.encode(items, is_query=is_query)
+        vectors = model.encode(items, is_query=is_query, on_truncate=accept_truncation)
         assert np.abs(expected - vectors).max() < 1e-5
         assert np.abs(vectors[0] - vectors[1:]).max() > 1e-2 or len(items) == 1
     return model
@@ -255,6 +256,8 @@ def test_long_texts_are_cut_as_in_sentence_transformers(tmp_path: Path) -> None:
     folder = build_published(tmp_path / "model", transformer=transformer)
     model = assert_equal_vectors(folder, ["many words " * 20, "few"])
     assert model.limits.max_tokens == 64
+    with pytest.raises(DataError, match="the limit is 64"):
+        model.encode(["many words " * 20])
 
 
 def test_settings_of_images_are_those_of_the_file(tmp_path: Path) -> None:
