@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlduet.data.batches import PACKED_ROW_TOKENS
-from vlduet.data.records import Part, Parts
+from vlduet.data.records import Part, Parts, as_parts, extract_images
 from vlduet.errors import DataError, ModelError
 from vlduet.serve.preparation import PreparedContent
 
@@ -114,18 +114,20 @@ class EmbeddingQueue:
         """Number of items that are not embedded yet."""
         return sum(len(job.items) - len(job.vectors) for job in self.jobs if not job.future.done())
 
-    def has_unprepared(self) -> bool:
+    def has_unprepared(self, *, texts_only: bool = False) -> bool:
         """Return whether `take_unprepared` would return an item."""
-        return self._num_prepared < MAX_PREPARED and any(map(_can_prepare, self.jobs))
+        has_room = self._num_prepared < MAX_PREPARED
+        return has_room and any(_can_prepare(job, texts_only) for job in self.jobs)
 
-    def take_unprepared(self) -> tuple[EmbeddingJob, int] | None:
+    def take_unprepared(self, *, texts_only: bool = False) -> tuple[EmbeddingJob, int] | None:
         """Return the next item to prepare, as (job, position); None if there is none.
 
-        The other jobs come before the next item of its job.
+        The other jobs come before the next item of its job. With `texts_only`, jobs whose next item
+        has an image are passed over.
         """
         self._drop_finished()
         for job in [*self.jobs]:
-            if self._num_prepared < MAX_PREPARED and _can_prepare(job):
+            if self._num_prepared < MAX_PREPARED and _can_prepare(job, texts_only):
                 position = job.num_started
                 job.num_started += 1
                 job.num_unfinished += 1
@@ -240,7 +242,13 @@ def _round_length(num_tokens: int) -> int:
     return -(-num_tokens // PACKED_ROW_TOKENS) * PACKED_ROW_TOKENS
 
 
-def _can_prepare(job: EmbeddingJob) -> bool:
-    """Return whether a job has an item to prepare, and room for it."""
-    has_items = job.num_started < len(job.items) and not job.future.done()
-    return has_items and job.num_unfinished < MAX_PREPARED_OF_JOB
+def _can_prepare(job: EmbeddingJob, texts_only: bool) -> bool:
+    """Return whether a job has an item to prepare, and room for it.
+
+    With `texts_only`, its next item must not have an image.
+    """
+    if job.num_started == len(job.items) or job.future.done():
+        return False
+    if job.num_unfinished >= MAX_PREPARED_OF_JOB:
+        return False
+    return not (texts_only and extract_images(as_parts(job.items[job.num_started])))

@@ -43,6 +43,11 @@ class ChatRequest:
     cancelled: bool = False
     """Set by any thread when nobody waits for the answer; `on_output` is not called afterwards."""
 
+    @property
+    def has_images(self) -> bool:
+        """Whether a message has an image, whose decoding takes time."""
+        return any(extract_images(message.parts) for message in self.messages)
+
     def deliver(self, output: Delta | Exception) -> None:
         """Call `on_output` unless the request is cancelled.
 
@@ -94,18 +99,28 @@ class ChatScheduler:
         num_prepared = len(self._preparing) + len(self._prepared) + len(self._prefilling)
         return len(self._running) + num_prepared
 
-    def has_waiting(self) -> bool:
-        """Return whether `take_waiting` would return a chat."""
-        return bool(self.waiting_requests) and self.num_running < MAX_CONCURRENT_CHATS
+    def has_waiting(self, *, texts_only: bool = False) -> bool:
+        """Return whether `take_waiting` has a chat to take, which may have been cancelled."""
+        return self._find_waiting(texts_only) is not None
 
-    def take_waiting(self) -> ChatRequest | None:
-        """Return the next chat to prepare while fewer than MAX_CONCURRENT_CHATS are in work."""
-        while self.has_waiting():
-            request = self.waiting_requests.popleft()
+    def take_waiting(self, *, texts_only: bool = False) -> ChatRequest | None:
+        """Return the next chat to prepare while fewer than MAX_CONCURRENT_CHATS are in work.
+
+        With `texts_only`, chats with images are passed over.
+        """
+        while (request := self._find_waiting(texts_only)) is not None:
+            self.waiting_requests.remove(request)
             if not request.cancelled:
                 self._preparing.add(request)
                 return request
         return None
+
+    def _find_waiting(self, texts_only: bool) -> ChatRequest | None:
+        """Return the chat that waits longest, with `texts_only` of those without images."""
+        if self.num_running >= MAX_CONCURRENT_CHATS:
+            return None
+        suitable = (r for r in self.waiting_requests if not (texts_only and r.has_images))
+        return next(suitable, None)
 
     def prepare(self, request: ChatRequest) -> None:
         """Prepare the prompt of a chat from `take_waiting` for `step`; raises nothing."""

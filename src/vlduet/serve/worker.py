@@ -7,8 +7,8 @@ Other threads submit work: items to embed, a chat, or a call. The model's thread
             one part of a longer item; fewer on a slow machine, more if no chat waits
 3. chat     one image of a chat that is being prepared, then one token of every running chat
 
-Two further threads prepare what these turns read: they decode images, render and tokenise. Results
-go to the request's future or callback. A request that fails does not affect the others. An
+Three further threads prepare what these turns read: they decode images, render and tokenise.
+Results go to the request's future or callback. A request that fails does not affect the others. An
 embedding thus waits for one token and not for a whole answer, a token waits for a bounded number of
 tokens and not for a list of long texts, and one copy of the weights does both.
 """
@@ -51,8 +51,9 @@ IMAGES_PER_TURN = 4
 FREE_TURN_FACTOR = 2
 """How many times as much a turn may embed on a CPU while no chat is served; as the first chat
 waits for it, it is not more than what keeps the processor busy."""
-NUM_PREPARATION_THREADS = 2
-"""Number of threads that decode images and tokenise: one slow image does not block the others."""
+NUM_PREPARATION_THREADS = 3
+"""Number of threads that decode images and tokenise. The first one takes texts only: an image of 64
+megapixels with 16 bits takes seconds, for which the texts of other requests do not wait."""
 MAX_WAITING = 4096
 """Number of items, chats and calls that may wait; further requests are refused."""
 
@@ -91,7 +92,9 @@ class Worker:
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name="model", daemon=True)]
         self._threads += [
-            threading.Thread(target=self._run_preparation, name=f"preparation {i}", daemon=True)
+            threading.Thread(
+                target=self._run_preparation, args=(i == 0,), name=f"preparation {i}", daemon=True
+            )
             for i in range(NUM_PREPARATION_THREADS)
         ]
         for thread in self._threads:
@@ -186,26 +189,32 @@ class Worker:
 
     # ------------------------------------------------------------------ in the preparation threads
 
-    def _run_preparation(self) -> None:
-        """Prepare chats, and embeddings while no chat waits, until the worker is closed."""
+    def _run_preparation(self, texts_only: bool) -> None:
+        """Prepare chats, and embeddings while no chat waits, until the worker is closed.
+
+        With `texts_only`, those with images are left to the other threads.
+        """
+        scheduler, embeddings = self._scheduler, self._embeddings
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._has_unprepared())
+                self._changed.wait_for(lambda: self._closed or self._has_unprepared(texts_only))
                 if self._closed:
                     return
-                request = self._scheduler.take_waiting() if self._scheduler else None
-                item = self._embeddings.take_unprepared() if request is None else None
-            if request is not None and self._scheduler is not None:
-                self._scheduler.prepare(request)
+                request = scheduler.take_waiting(texts_only=texts_only) if scheduler else None
+                has_chat = request is not None
+                item = None if has_chat else embeddings.take_unprepared(texts_only=texts_only)
+            if request is not None and scheduler is not None:
+                scheduler.prepare(request)
             if item is not None:
                 self._prepare_item(*item)
             with self._changed:
                 self._changed.notify_all()
 
-    def _has_unprepared(self) -> bool:
-        """Return whether a chat or an item can be prepared now."""
-        has_chat = self._scheduler is not None and self._scheduler.has_waiting()
-        return has_chat or self._embeddings.has_unprepared()
+    def _has_unprepared(self, texts_only: bool) -> bool:
+        """Return whether a chat or an item can be prepared now, with `texts_only` without image."""
+        scheduler = self._scheduler
+        has_chat = scheduler is not None and scheduler.has_waiting(texts_only=texts_only)
+        return has_chat or self._embeddings.has_unprepared(texts_only=texts_only)
 
     def _prepare_item(self, job: EmbeddingJob, position: int) -> None:
         """Prepare an item of a job for a turn; its error fails the job."""
