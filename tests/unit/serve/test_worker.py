@@ -230,6 +230,29 @@ def test_slow_image_does_not_block_other_requests_and_chats(model, worker, monke
     assert len(waiting.result(60).vectors) == 1
 
 
+@one_family
+def test_many_slow_images_do_not_block_texts(model, worker, monkeypatch):
+    release, prepare_image = threading.Event(), model.prepare_image
+
+    def prepare(ref):
+        assert release.wait(20)
+        return prepare_image(ref)
+
+    monkeypatch.setattr(model, "prepare_image", prepare)
+    images = [tiny.random_image(seed) for seed in range(4)]
+    try:
+        chats = [submit_chat(worker, user_message(image, "what?"), 3) for image in images]
+        waiting = [worker.submit_embedding(images, is_query=False) for _ in range(4)]
+        assert len(embed(worker, ["a", "b"])) == 2
+        assert submit_chat(worker, user_message("hi"), 3).read_deltas()
+        assert not any(future.done() for future in waiting)
+        assert all(chat.outputs.empty() for chat in chats)
+    finally:
+        release.set()
+    assert all(len(future.result(60).vectors) == 4 for future in waiting)
+    assert all(chat.read_deltas() for chat in chats)
+
+
 def test_broken_item_fails_its_own_request_with_its_position(model, worker):
     image = tiny.random_image()
     with hold_worker(worker):
