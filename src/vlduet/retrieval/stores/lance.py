@@ -56,7 +56,7 @@ MAX_FILES_LEFT = 32
 """Number of files that are left unmerged by an update of less than a quarter of the rows."""
 MAX_SCANNED_ROWS = 5000
 """Number of rows that match a filter up to which only these are read and compared."""
-NUM_PROBES = 64
+NUM_PROBES = 40
 """Number of groups that an approximate search compares at least."""
 MAX_K_OF_FEW_PROBES = 100
 """Number of hits above which an approximate search compares as many groups as LanceDB finds
