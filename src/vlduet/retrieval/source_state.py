@@ -85,7 +85,9 @@ class SourceState:
         """Return the number of a source, which is added, or renamed if it was moved."""
         name = name_source(source)
         relative = None if name.startswith(HUB_PREFIX) else path_pair(source, index)[1]
-        rows = self._database.execute("SELECT number, name, relative FROM sources").fetchall()
+        # A source of this name comes first: another one that was moved here cannot take its name.
+        select = "SELECT number, name, relative FROM sources ORDER BY name != ?"
+        rows = self._database.execute(select, (name,)).fetchall()
         for number, known_name, known_relative in rows:
             is_moved = known_relative == relative is not None and not _exists(known_name)
             if known_name == name or is_moved:
@@ -200,7 +202,10 @@ class SourceState:
                 message, fix = describe_library_error(error) or ("", "")
             else:
                 message = f"cannot be used ({error})"
-                fix = "Delete this file, and build again: all images are read again then"
+                fix = (
+                    "Delete this file, and build again, without --prune: all images are read "
+                    "again, and all documents are taken for those of the last source"
+                )
             raise RetrievalError(message, place=self.path, fix=fix) from error
 
     def __enter__(self) -> Self:

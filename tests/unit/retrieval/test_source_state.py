@@ -175,6 +175,22 @@ def test_a_source_at_a_new_path_with_its_index_is_the_same(
     assert (report.updated, report.other_sources, report.embedded) == (4, 0, 1)
 
 
+def test_a_copy_of_an_index_and_its_source_is_updated_without_the_originals(
+    photos: Path, tmp_path: Path, model: Any
+) -> None:
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    original.mkdir()
+    build_index(model, photos.rename(original / "photos"), to=original / "index")
+    shutil.copytree(original, copy)
+    with pytest.raises(RetrievalError, match="4 documents have the id"):
+        build_index(model, copy / "photos", to=copy / "index")
+    shutil.rmtree(original)
+    for num_updated in (4, 0):
+        report = build_index(model, copy / "photos", to=copy / "index")
+        assert (report.updated, report.count, report.other_sources) == (num_updated, 4, 0)
+    assert report.embedded == 0
+
+
 def test_an_index_of_an_earlier_version_remembers_its_last_source(
     photos: Path, tmp_path: Path, model: Any
 ) -> None:
@@ -211,7 +227,8 @@ def test_a_broken_file_is_an_error_with_a_remedy_or_empty(
     build_index(model, photos, to=tmp_path / "index")
     (tmp_path / "index" / STATE_FILENAME).write_bytes(damage)
     if damage:
-        with pytest.raises(RetrievalError, match=r"sources\.sqlite: cannot be used.*Delete this"):
+        message = r"sources\.sqlite: cannot be used.*Delete this file.*without --prune"
+        with pytest.raises(RetrievalError, match=message):
             build_index(model, photos, to=tmp_path / "index")
         (tmp_path / "index" / STATE_FILENAME).unlink()
     assert build_index(model, photos, to=tmp_path / "index").kept == 4
