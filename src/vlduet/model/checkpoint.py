@@ -59,8 +59,9 @@ GOLDEN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}
 weights."""
 HALF_PRECISION_TOLERANCE = 2e-2
 """The same for all other dtypes."""
-NUMBER_LIST = re.compile(r"\[[-\s\d.,e]+\]")
-"""List of numbers in a JSON text with one value a line."""
+NUMBER_LIST = re.compile(r"\[\n[-\s\d.,e]+\]")
+"""List of numbers in a JSON text with one value a line. Strings have no line end and do not match.
+"""
 MANIFEST_FIELDS: FieldTypes = {
     "format": int,
     "base": str,

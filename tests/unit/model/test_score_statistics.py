@@ -11,7 +11,7 @@ import pytest
 
 from helpers import tiny
 from vlduet.errors import ModelError
-from vlduet.model.checkpoint import write_score_statistics
+from vlduet.model.checkpoint import format_manifest, write_score_statistics
 from vlduet.model.duet import DuetModel
 from vlduet.model.score_statistics import NUM_QUANTILES, ScoreDistribution, ScoreStatistics
 
@@ -112,6 +112,13 @@ def test_statistics_of_scores_travel_with_a_model_until_it_changes(
     assert model.score_statistics is None
     limited.make_trainable(lora=None, projector=True)
     assert limited.score_statistics is None
+
+
+def test_texts_of_a_manifest_stay_as_they_are() -> None:
+    manifest = {"prompt": "[1,   2] and [   ]", "dims": [1, -2.5, 1e-07], "names": ["a", "b"]}
+    text = format_manifest(manifest)
+    assert json.loads(text) == manifest
+    assert ' "dims": [ 1, -2.5, 1e-07 ],\n' in text and len(text.splitlines()) == 8
 
 
 def test_statistics_of_scores_are_added_to_a_folder_and_checked(tmp_path: Path) -> None:
