@@ -45,6 +45,13 @@ def find_memory(manifest: Mapping[str, Any], *, dtype: torch.dtype, device: str)
     return cache_dir() / "golden" / name
 
 
+def is_remembered(path: Path) -> bool:
+    """Return whether the file exists that `find_memory` names; False if the cache is unreadable."""
+    with suppress(OSError):
+        return path.exists()
+    return False
+
+
 def remember(path: Path) -> None:
     """Create the file that `find_memory` names; a cache that cannot be written stays as it is."""
     with suppress(OSError):

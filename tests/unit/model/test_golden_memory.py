@@ -41,6 +41,24 @@ def test_golden_vectors_are_compared_once_where_that_is_enough(
     assert open_once() == 5  # once by saving, once by opening
 
 
+def test_a_cache_that_cannot_be_used_and_a_damaged_file_change_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A name that is too long raises at every access, as a folder without permission does.
+    monkeypatch.setenv("VLDUET_CACHE", str(tmp_path / ("x" * 300)))
+    base = tiny.build_duet_model(tmp_path / "base")
+    base.save_pretrained(tmp_path / "model")
+    DuetModel.from_pretrained(tmp_path / "model", check_golden="once")
+    monkeypatch.setenv("VLDUET_CACHE", str(tmp_path / "cache"))
+    DuetModel.from_pretrained(tmp_path / "model", check_golden="once")
+    weights = tmp_path / "base" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ModelError, match="has changed"):
+        DuetModel.from_pretrained(tmp_path / "model", check_golden="once")
+
+
 def test_a_model_that_differs_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
