@@ -40,8 +40,8 @@ PRUNE = "Remove documents that the source no longer contains, if all of it can b
 FORCE = "Prune most documents too; replace documents of another source with the same ids."
 REHASH = "Read all image files, also those of unchanged size, time and inode."
 ANN = (
-    "Approximate search: auto (above 100,000 documents), on or off. 'vlduet index check INDEX' "
-    "measures what it finds."
+    "Approximate search: auto (above 100,000 documents), on or off; later updates keep it. "
+    "A new index: auto. 'vlduet index check INDEX' measures what it finds."
 )
 
 Truncate = Annotated[bool, typer.Option("--truncate", help=TRUNCATE)]
@@ -57,7 +57,7 @@ def index(
     force: Annotated[bool, typer.Option("--force", help=FORCE)] = False,
     rehash: Annotated[bool, typer.Option("--rehash", help=REHASH)] = False,
     truncate: Truncate = False,
-    ann: Annotated[Literal["auto", "on", "off"], typer.Option(help=ANN)] = "auto",
+    ann: Annotated[Literal["auto", "on", "off"] | None, typer.Option(help=ANN)] = None,
     store: Annotated[Literal["lance", "flat"] | None, typer.Option(hidden=True)] = None,
     format: Format = None,
     root: Root = None,

@@ -59,8 +59,9 @@ class BuildOptions:
     modification time and inode."""
     truncate: bool = False
     """Cut texts that are longer than the model's limit; without it they are left out."""
-    ann: ApproximateMode = "auto"
-    """Whether to make an index for approximate search: "auto" for more than 100,000 documents."""
+    ann: ApproximateMode | None = None
+    """Whether to make an index for approximate search: "auto" for more than 100,000 documents. None
+    does as the last build, and is "auto" for a new index."""
 
 
 DEFAULT_OPTIONS = BuildOptions()
@@ -158,7 +159,12 @@ def build_index(
         remove_drafts(path / IMAGE_FOLDER)
         previous = _read_or_create_manifest(path, model, side=side)
         source_path = resolve_dataset(source.path).resolve()
-        manifest = replace(previous, source=previous.source or str(source_path), complete=False)
+        manifest = replace(
+            previous,
+            source=previous.source or str(source_path),
+            ann=options.ann or previous.ann,
+            complete=False,
+        )
         if model_path is not None:
             absolute, relative = path_pair(resolve_model(model_path), path)
             manifest = replace(manifest, model=absolute, model_relative=relative)
@@ -174,7 +180,7 @@ def build_index(
                 job.run(source, chunk_size)
                 refusal = job.find_prune_refusal(source_path) if prune else None
                 report = job.finish(prune=prune and refusal is None)
-                index.store.update_search_index(options.ann)
+                index.store.update_search_index(manifest.ann)
                 manifest = replace(
                     manifest,
                     fields=job.fields,

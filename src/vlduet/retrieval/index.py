@@ -38,7 +38,7 @@ from vlduet.integrity import (
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.filter_values import FILTER_VERSION
-from vlduet.retrieval.stores.base import IndexRow, VectorStore
+from vlduet.retrieval.stores.base import ApproximateMode, IndexRow, VectorStore
 from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 
 MANIFEST_FORMAT = 1
@@ -64,6 +64,7 @@ OPTIONAL_FIELDS: FieldTypes = {
     "source": str,
     "fields": dict,
     "filters": int,
+    "ann": str,
     "count": int,
     "complete": bool,
     "created": str,
@@ -96,6 +97,8 @@ class IndexManifest:
     """Metadata keys that can be filtered by, with the kinds of their values."""
     filters: int = 1
     """Version of the rules by which metadata are stored to be filtered by; see `FILTER_VERSION`."""
+    ann: ApproximateMode = "auto"
+    """Whether builds make an index for approximate search, unless they are told otherwise."""
     count: int = 0
     """Number of documents."""
     complete: bool = False

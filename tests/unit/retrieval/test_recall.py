@@ -12,6 +12,7 @@ from vlduet.errors import RetrievalError
 from vlduet.retrieval.build import BuildOptions, build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.recall import measure_recall
+from vlduet.retrieval.stores import lance
 from vlduet.retrieval.stores.base import ScoredRow
 
 
@@ -42,6 +43,21 @@ def test_recall_is_the_share_of_neighbours_that_a_search_finds(
         report = measure_recall(index, sample=5)
         assert report.recall == pytest.approx(0.5, abs=0.03)
         assert (report.k, report.sample, report.count) == (10, 5, 40)
+
+
+def test_updates_keep_the_kind_of_search_that_was_chosen_last(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lance, "MIN_ROWS_FOR_APPROXIMATE_SEARCH", 4)
+    source, to = write_texts(tmp_path / "r.jsonl", 5), tmp_path / "index"
+
+    def is_approximate_after(options: BuildOptions) -> bool:
+        build_index(model, source, to=to, side="text", options=options)
+        with Index.open(to, model) as index:
+            return index.store.has_search_index()
+
+    chosen = [BuildOptions(), BuildOptions(ann="off"), BuildOptions(), BuildOptions(ann="auto")]
+    assert list(map(is_approximate_after, chosen)) == [True, False, False, True]
 
 
 def test_an_exact_index_has_full_recall_and_a_tiny_one_none(tmp_path: Path, model: Any) -> None:
