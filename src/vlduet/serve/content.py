@@ -99,12 +99,17 @@ class ImagePart(ContentModel):
 
 
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-PartList = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_PARTS)]
-Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[PartList, Tag("list")],
-    make_discriminator("is neither text nor a list of parts", f"Send a text, or {PARTS_EXAMPLE}"),
-]
+PartsOrNone = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
+PartList = Annotated[PartsOrNone, Field(min_length=1)]
+_discriminator = make_discriminator(
+    "is neither text nor a list of parts", f"Send a text, or {PARTS_EXAMPLE}"
+)
+Content = Annotated[Annotated[str, Tag("text")] | Annotated[PartList, Tag("list")], _discriminator]
 """A text, or a list of content parts."""
+OptionalContent = Annotated[
+    Annotated[str, Tag("text")] | Annotated[PartsOrNone, Tag("list")], _discriminator
+]
+"""A text, or a list of content parts, which may be empty."""
 
 
 def to_parts(content: str | list[Any], place: str, load_url: UrlLoader | None = None) -> Parts:

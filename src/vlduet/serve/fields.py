@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -119,7 +120,11 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 """Fields that would change the result, and the values beside empty ones that request nothing."""
 MAX_LOGGED_FIELDS = 200
-"""Number of names whose line in the log is remembered, so that a client cannot fill memory."""
+"""Number of names that get a line in the log, so that a client cannot fill the log."""
+MAX_NAME_CHARS = 40
+"""Length to which the name of an unknown field is cut, for messages and comparisons."""
+MAX_UNKNOWN_FIELDS = 256
+"""Number of different unknown names in one body: the comparison with known ones takes time."""
 TYPING_MISTAKE_RATIO = 0.8
 """Similarity from which an unknown name is taken for a mistake of a known one."""
 
@@ -131,12 +136,18 @@ def check_fields(body: BaseModel, *, strict: bool) -> None:
 
     Raises:
         DataError: a field that requests something that is not served, or that resembles a known
-            one; with `strict`, every unknown field.
+            one; with `strict`, every unknown field; more than `MAX_UNKNOWN_FIELDS` in all.
     """
+    names = set()
     for place, model in _iterate_models(body, ""):
         for key, value in (model.model_extra or {}).items():
-            path = f"{place}.{key:.40}" if place else f"{key:.40}"
-            _check_field(key, value, path, known=type(model).model_fields, strict=strict)
+            name = key[:MAX_NAME_CHARS]
+            names.add(name)
+            if len(names) > MAX_UNKNOWN_FIELDS:
+                message = f"the body has more than {MAX_UNKNOWN_FIELDS} unknown fields"
+                raise DataError(message, fix="Leave them out")
+            path = f"{place}.{name}" if place else name
+            _check_field(name, value, path, schema=type(model), strict=strict)
 
 
 def _iterate_models(value: Any, place: str) -> Iterator[tuple[str, BaseModel]]:
@@ -151,10 +162,22 @@ def _iterate_models(value: Any, place: str) -> Iterator[tuple[str, BaseModel]]:
                 yield from _iterate_models(item, f"{place}[{i}]")
 
 
-def _check_field(key: str, value: Any, place: str, *, known: Any, strict: bool) -> None:
-    """Accept, ignore or refuse one unknown field; raises as `check_fields`."""
+@lru_cache(maxsize=1024)
+def _find_similar(name: str, schema: type[BaseModel]) -> str | None:
+    """Return the field of an object that an unknown name resembles, or None."""
+    similar = difflib.get_close_matches(name, schema.model_fields, 1, TYPING_MISTAKE_RATIO)
+    return similar[0] if similar else None
+
+
+def _check_field(
+    key: str, value: Any, place: str, *, schema: type[BaseModel], strict: bool
+) -> None:
+    """Accept, ignore or refuse one unknown field; raises as `check_fields`.
+
+    `key` is its name, cut to `MAX_NAME_CHARS`; `schema` has the known fields of its object.
+    """
     if strict:
-        raise DataError("unknown field", place=place, fix=suggest_name(key[:40], known))
+        raise DataError("unknown field", place=place, fix=suggest_name(key, schema.model_fields))
     if value is None or key in SILENT_FIELDS:
         return
     is_empty = value is False or value in ("", [], {})
@@ -167,8 +190,8 @@ def _check_field(key: str, value: Any, place: str, *, known: Any, strict: bool) 
             message = f"{quote_value(value)} is not served"
             raise DataError(message, place=place, fix="Leave it out")
         return
-    if similar := difflib.get_close_matches(key[:40], known, 1, TYPING_MISTAKE_RATIO):
-        raise DataError("unknown field", place=place, fix=f"Did you mean '{similar[0]}'?")
+    if similar := _find_similar(key, schema):
+        raise DataError("unknown field", place=place, fix=f"Did you mean '{similar}'?")
     if is_empty:
         return
     if key not in _logged_fields and len(_logged_fields) < MAX_LOGGED_FIELDS:

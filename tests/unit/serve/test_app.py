@@ -196,13 +196,16 @@ def test_fields_that_request_nothing_are_accepted(server):
 def test_empty_instructions_and_answers_are_accepted(server, duet):
     """Clients send an instruction that nobody wrote, and an earlier answer that was empty."""
     turns = [("system", ""), ("user", "hi"), ("assistant", ""), ("user", "who?")]
+    turns_of_parts = [("system", []), ("user", "hi"), ("assistant", []), ("user", "who?")]
     messages = [
         Message("user", ("hi",)),
         Message("assistant", (" ",)),
         Message("user", ("who?",)),
     ]
-    status, body = server.request(CHAT, conversation_body(turns))
-    assert status == 200 and answer_of(body) == duet.generate(messages, max_new_tokens=8)
+    expected = duet.generate(messages, max_new_tokens=8)
+    for conversation in (turns, turns_of_parts):
+        status, body = server.request(CHAT, conversation_body(conversation))
+        assert status == 200 and answer_of(body) == expected
 
 
 def open_request(server, path, body):
@@ -346,6 +349,7 @@ WRONG_EMBEDDINGS = [
     ({"input": "a", "truncate_prompt_tokens": 7}, "truncate_prompt_tokens: 7"),
     ({"input": [[text_part("a")] * 256] * 65}, "input: 16640 parts. Send 16384 at most"),
     ({"input": ["b", "a " * 10000]}, "input[1]: "),
+    ({"input": "a"} | {f"x{i}": 1 for i in range(300)}, "more than 256 unknown fields"),
     ({}, "input: missing"),
     (b"{", "the body is not JSON"),
     (b'{"input": NaN}', "the body is not JSON"),
@@ -374,6 +378,7 @@ WRONG_CLASSIFICATIONS = [
     ({"input": ["a"], "labels": ["b"]}, "labels: 1 values. Send at least 2"),
     ({"input": ["a"], "labels": ["b", "B"]}, "labels: label 'B' occurs twice"),
     ({"input": ["a"], "labels": ["b", "c"], "templates": ["x"]}, "templates: a template without"),
+    ({"input": "a", "labels": ["b" * 9000, "c"], "templates": ["{}" * 2000]}, "labels and templ"),
 ]
 WRONG_REQUESTS = [
     *((CHAT, body, message) for body, message in WRONG_CHATS),

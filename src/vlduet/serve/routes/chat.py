@@ -20,6 +20,7 @@ from vlduet.serve.content import (
     Content,
     ContentModel,
     ImagePart,
+    OptionalContent,
     UrlLoader,
     check_number_of_parts,
     check_size,
@@ -38,7 +39,7 @@ DEFAULT_MAX_TOKENS = 256
 MAX_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
 """Number of stop strings; each is searched for after every token."""
-EMPTY_CONTENTS: tuple[object, ...] = (None, "")
+EMPTY_CONTENTS: tuple[object, ...] = (None, "", [])
 StopString = Annotated[str, Field(max_length=256)]
 StopStrings = Annotated[
     Annotated[StopString, Tag("text")]
@@ -51,7 +52,7 @@ class SystemMessage(ContentModel):
     """Instruction for the whole conversation; an empty one is left out."""
 
     role: Literal["system", "developer"]
-    content: Content | None = None
+    content: OptionalContent | None = None
 
 
 class UserMessage(ContentModel):
@@ -65,7 +66,7 @@ class AssistantMessage(ContentModel):
     """Earlier answer of the model, which may be empty."""
 
     role: Literal["assistant"]
-    content: Content | None = None
+    content: OptionalContent | None = None
 
 
 ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]

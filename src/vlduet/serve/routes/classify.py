@@ -28,6 +28,9 @@ from vlduet.serve.schemas import MAX_INPUTS, EmbeddingOptions, EmbeddingUsage, e
 
 MAX_PROMPTS = 2048
 """Number of labels times templates in one request."""
+MAX_PROMPT_CHARS = 1 << 24
+"""Number of characters in all prompts together: they repeat every label for each template, so that
+a small request could fill the memory."""
 
 
 class ClassifyBody(EmbeddingOptions):
@@ -44,7 +47,7 @@ class ClassifyBody(EmbeddingOptions):
 
         Raises:
             DataError: labels or templates as `check_labels` and `check_templates`, or more than
-                `MAX_PROMPTS` prompts.
+                `MAX_PROMPTS` prompts or `MAX_PROMPT_CHARS` characters in them.
         """
         templates = self.templates or TEMPLATES
         for i, label in enumerate(self.labels):
@@ -54,6 +57,15 @@ class ClassifyBody(EmbeddingOptions):
         if len(self.labels) * len(templates) > MAX_PROMPTS:
             message = f"{len(self.labels)} labels with {len(templates)} templates"
             fix = f"Send {MAX_PROMPTS} combinations at most"
+            raise DataError(message, place="labels", fix=fix)
+        num_label_chars = sum(map(len, self.labels))
+        num_chars = sum(
+            len(self.labels) * len(template) + template.count("{}") * num_label_chars
+            for template in templates
+        )
+        if num_chars > MAX_PROMPT_CHARS:
+            message = f"labels and templates make prompts of {num_chars} characters"
+            fix = f"Send shorter ones: {MAX_PROMPT_CHARS} at most"
             raise DataError(message, place="labels", fix=fix)
         return fill_templates(self.labels, templates)
 
@@ -99,7 +111,7 @@ def make_router(resources: Resources) -> APIRouter:
         """Return the probabilities of labels for each input, an image or a text."""
         body = await resources.read_body(request, ClassifyBody)
         truncate = resources.allows_truncation(body)
-        prompts = body.make_prompts()
+        prompts = await asyncio.to_thread(body.make_prompts)
         items, places = await asyncio.to_thread(parse_inputs, body.input, resources.load_url)
         num_templates = len(prompts) // len(body.labels)
         prompt_places = [f"labels[{i // num_templates}]" for i in range(len(prompts))]
