@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -72,6 +73,7 @@ class Resources:
     ):
         self.worker, self.name, self.strict, self.load_url = worker, name, strict, load_url
         self._index = index
+        self._refresh_lock = threading.Lock()
         self.created = int(time.time())
 
     # ------------------------------------------------------------------ requests
@@ -192,7 +194,9 @@ class Resources:
 
         def refresh_and_call() -> T:
             try:
-                index.refresh()
+                # Only one thread reads an update, and none puts an older state in its place.
+                with self._refresh_lock:
+                    index.refresh()
             except RetrievalError as error:
                 logger.error("the served index cannot be used any more: %s", error)
                 text = "The index was changed so that this model cannot search it: it was rebuilt "
@@ -230,15 +234,16 @@ def format_hits(hits: Sequence[Hit]) -> list[dict[str, Any]]:
     """Return hits as JSON objects of rank, score, id, text and metadata, in order.
 
     A hit with an image has its URL on this server as `image`: paths of the server's files stay
-    private. NaN and infinities in metadata, which Python's JSON can spell and JSON cannot, become
-    null.
+    private. A hit whose id no URL can contain has none: ``.`` and ``..``, which are steps in a
+    path, and ids with a line end. NaN and infinities in metadata, which Python's JSON can spell
+    and JSON cannot, become null.
     """
     rows = []
     for hit in hits:
         metadata = json.dumps(dict(hit.metadata))
         row = {"rank": hit.rank, "score": hit.score, "id": hit.id, "text": hit.text}
         row["metadata"] = json.loads(metadata, parse_constant=lambda _: None)
-        if hit.image is not None:
+        if hit.image is not None and hit.id not in (".", "..") and "\n" not in hit.id:
             row["image"] = f"/v1/images/{quote(hit.id, safe='')}"
         if hit.p is not None:
             row["p"] = hit.p

@@ -23,10 +23,11 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.score_statistics import ScoreDistribution, ScoreStatistics
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
-from vlduet.retrieval.search import SearchOptions, search, search_similar
+from vlduet.retrieval.search import Hit, SearchOptions, search, search_similar
 from vlduet.serve import fields
 from vlduet.serve import resources as resources_module
 from vlduet.serve.app import Service
+from vlduet.serve.resources import format_hits
 from vlduet.serve.routes import embeddings as embeddings_module
 from vlduet.serve.routes import images as images_module
 from vlduet.serve.worker import Worker
@@ -283,6 +284,14 @@ def test_images_are_cached_until_they_change(server: RunningServer, folder: Path
     assert server.send("/v1/images/plain", headers=etag).status == 200
 
 
+@pytest.mark.parametrize("name", [".", "..", "plain\n", "a\nb"])
+def test_hit_whose_id_fits_into_no_url_has_no_image(name: str) -> None:
+    image = ImageRef(data=b"an image")
+    hits = [Hit("..a/.", 0.5, "text", image, {}, 1), Hit(name, 0.4, "text", image, {}, 2)]
+    first, second = format_hits(hits)
+    assert first["image"] == "/v1/images/..a%2F." and "image" not in second
+
+
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
@@ -347,6 +356,8 @@ def test_unknown_fields_are_ignored_with_one_line_and_refused_by_a_strict_server
         for _ in range(2):
             assert server.request("/v1/embeddings", {"input": "a", "frobnicate": 1})[0] == 200
         assert len(caplog.messages) == 1 and "frobnicate" in caplog.messages[0]
+        assert server.request("/v1/embeddings", {"input": "a", "z" * 10**6: 1})[0] == 200
+        assert max(map(len, fields._logged_fields)) <= 40, "long names would fill the memory"
     with RunningServer(Service(Worker(duet), name="tiny", strict=True)) as strict_server:
         for field, value in (("user", "me"), ("frobnicate", 1), ("tools", [])):
             status, body = strict_server.request("/v1/embeddings", {"input": "a", field: value})
