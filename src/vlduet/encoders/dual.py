@@ -150,9 +150,9 @@ class DualEncoder(nn.Module):
         if any(len(row) != 1 for row in rows):
             fix = "Use a model of another recipe"
             raise DataError("a dual encoder reads one image or one text", fix=fix)
-        counts = self.count_tokens(items)
-        for position, num_tokens in enumerate(counts):
-            if num_tokens > (limit := self.max_text_tokens):
+        limit = self.max_text_tokens
+        for position, num_tokens in enumerate(self.count_tokens(items)):
+            if num_tokens > limit:
                 if on_truncate is None:
                     raise too_long_error(num_tokens, limit)
                 on_truncate(position, num_tokens)
@@ -166,10 +166,16 @@ class DualEncoder(nn.Module):
     def count_tokens(self, items: Many[Part | Parts]) -> list[int]:
         """Return the number of tokens of every item's texts, before any is cut; 0 for images."""
         counter = self.encoders.by_role["text"].token_counter
-        counts = []
-        for item in items:
-            texts = [part for part in as_parts(item) if isinstance(part, str)]
-            counts.append(sum(map(counter.count, texts)) if counter and texts else 0)
+        counts = [0] * len(items)
+        texts: list[str] = []
+        positions: list[int] = []
+        for position, item in enumerate(items):
+            texts_of_item = [part for part in as_parts(item) if isinstance(part, str)]
+            texts += texts_of_item
+            positions += [position] * len(texts_of_item)
+        if counter and texts:
+            for position, num_tokens in zip(positions, counter.count(texts), strict=True):
+                counts[position] += num_tokens
         return counts
 
     @property

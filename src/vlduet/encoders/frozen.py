@@ -37,8 +37,8 @@ EncodeFunction = Callable[[list[Any]], Tensor]
 class TokenCounter:
     """Number of tokens that a text encoder reads of a text, and the limit at which it cuts it."""
 
-    count: Callable[[str], int]
-    """Text -> number of its tokens, special ones included."""
+    count: Callable[[list[str]], list[int]]
+    """At least one text -> number of tokens of each, special ones included."""
     max_tokens: int
     """Limit in tokens."""
 

