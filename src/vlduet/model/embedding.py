@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -105,7 +106,8 @@ def render(
         if isinstance(part, str) and len(part) > limit * max_token_chars:
             num_chars = find_visible_chars(part, limit * max_token_chars + 1)
             if num_chars < len(part) and not truncate:
-                raise too_long_error(len(part) // max_token_chars, limit, is_minimum=True)
+                min_tokens = math.ceil(len("".join(part.split())) / max_token_chars)
+                raise too_long_error(min_tokens, limit, is_minimum=True)
             part = part[:num_chars]
         parts.append(part)
     sequence = renderer.render_embedding(tuple(parts), is_query=is_query)

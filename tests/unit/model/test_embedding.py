@@ -97,6 +97,15 @@ def test_long_items_are_refused_one_by_one(model: DuetModel) -> None:
     assert cut == [1, 3] and np.isfinite(allowed).all()
 
 
+@pytest.mark.parametrize("num_blanks", [0, 100_000])
+def test_the_least_number_of_tokens_counts_no_blanks(model: DuetModel, num_blanks: int) -> None:
+    limit = model.renderer.max_tokens
+    num_chars = limit * model.renderer.layouts.tokenizer.max_token_chars
+    message = rf"at least {limit + 1} tokens, the limit is {limit}\)"
+    with pytest.raises(DataError, match=message):
+        model.encode(["a" * (num_chars + 1) + " " * num_blanks + "a"])
+
+
 def test_progress_counts_every_item(model: DuetModel) -> None:
     counts: list[int] = []
     model.encode(["a", "b", tiny.random_image(1)], progress=counts.append)
