@@ -16,6 +16,7 @@ from vlduet.cli._common import (
     Root,
     Source,
     Strict,
+    drop_counts,
     make_source,
     print_json,
     print_text,
@@ -226,7 +227,8 @@ def calibrate(
         for (query, document), distribution in statistics.distributions.items()
     }
     if as_json:
-        print_json({"model": str(folder), "records": statistics.num_records, "pairs": counts})
+        facts = {"model": str(folder), "records": statistics.num_records, "pairs": counts}
+        print_json({**facts, **drop_counts(dropped)})
         return
     pairs = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     print_text(f"{folder}: pairs of {statistics.num_records} records: {pairs}")

@@ -304,6 +304,11 @@ def test_a_calibrated_model_gives_hits_a_p(
     assert len(hits) == 4 and all("p" not in hit for hit in hits)
     report = run_command("model", "calibrate", tmp_path / "model", pairs)
     assert report["records"] == 4 and report["pairs"]["text -> image"] == 12
+    assert report["dropped"] == 0
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text(pairs.read_text() + "{\n")
+    report = run_command("model", "calibrate", tmp_path / "model", damaged, "--root", pairs.parent)
+    assert (report["records"], report["dropped"], len(report["causes"])) == (4, 1, 1)
     # The index stays valid, because the fingerprint of the model is the same.
     hits = run_command("search", tmp_path / "index", "red")["hits"]
     assert all(1 / 13 <= hit["p"] <= 1 for hit in hits)
