@@ -16,9 +16,9 @@ from subjects import Measurements, Subject, percent
 from vlduet.data.formats import read_jsonl
 from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Parts, Record
+from vlduet.data.vectors import unit_rows
 from vlduet.eval.benchmarks.runners import best_positive_ranks
 from vlduet.eval.benchmarks.scores import average, average_per_token
-from vlduet.eval.protocols import unit_rows
 
 CORPORA = ("gimp-help", "campaigns")
 MAX_CONTEXT_PARTS = 3

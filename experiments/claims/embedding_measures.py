@@ -23,11 +23,11 @@ from subjects import Measurements, Subject, percent
 from vlduet.data.formats import read_jsonl
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.caption_negatives import generate_caption_negatives
+from vlduet.data.vectors import unit_rows
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.builtin import differ_in_one_word, find_one_word_pairs
 from vlduet.eval.benchmarks.scores import MetricSample, average, average_per_token
 from vlduet.eval.metrics import tokenize_answer
-from vlduet.eval.protocols import unit_rows
 
 # ------------------------------------------------------------------ single images
 

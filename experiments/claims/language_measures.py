@@ -10,6 +10,7 @@ from subjects import Measurements, Subject, percent, read_pairs
 
 from vlduet.data.formats import read_jsonl
 from vlduet.data.records import Parts
+from vlduet.data.vectors import unit_rows
 from vlduet.demo.measure import MAX_CAPTION_TOKENS
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.builtin import (
@@ -21,7 +22,6 @@ from vlduet.eval.benchmarks.builtin_rag import make_solved_question_task
 from vlduet.eval.benchmarks.scores import average, average_per_token
 from vlduet.eval.metrics import tokenize_answer
 from vlduet.eval.plain_questions import PLAIN_QUESTIONS
-from vlduet.eval.protocols import unit_rows
 from vlduet.harness.builtin import answer_nlls
 from vlduet.inspect import internals
 from vlduet.logs import read_metrics

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vlduet.data.vectors import unit_rows
 from vlduet.errors import DataError
 
 TEMPLATES = ("{}", "a picture of {}", "a drawing of {}", "this is {}")
@@ -63,16 +64,10 @@ def label_probabilities(
         num_labels: number L of labels.
         temperature: positive divisor of the cosines.
     """
-    prompts = _unit_rows(prompt_vectors)
-    label_vectors = _unit_rows(prompts.reshape(num_labels, -1, prompts.shape[1]).mean(1))  # [L, E]
-    cosines = (_unit_rows(vectors) @ label_vectors.T).astype(np.float32)  # [N, L]
+    prompts = unit_rows(prompt_vectors)
+    label_vectors = unit_rows(prompts.reshape(num_labels, -1, prompts.shape[1]).mean(1))  # [L, E]
+    cosines = (unit_rows(vectors) @ label_vectors.T).astype(np.float32)  # [N, L]
     logits = cosines.astype(np.float64) / temperature
     weights = np.exp(logits - logits.max(1, keepdims=True))
     probabilities: NDArray[np.float64] = weights / weights.sum(1, keepdims=True)
     return probabilities.astype(np.float32)
-
-
-def _unit_rows(vectors: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the rows of float[N, E] scaled to unit length, in float64."""
-    rows = np.asarray(vectors, dtype=np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]

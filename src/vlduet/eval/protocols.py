@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vlduet.data.content_keys import text_key
 from vlduet.data.records import ImageRef, Record
+from vlduet.data.vectors import unit_rows
 from vlduet.errors import DataError
 from vlduet.eval.metrics import (
     Bools,
@@ -251,13 +252,6 @@ def cosine(queries: Vectors, documents: Vectors) -> Vectors:
         block = slice(begin, begin + QUERIES_PER_BLOCK)
         cosines[block] = unit_rows(queries[block]) @ unit_documents.T
     return cosines
-
-
-def unit_rows(vectors: Vectors) -> NDArray[np.float64]:
-    """Return the rows scaled to unit length, in float64; a row of zeros becomes NaN."""
-    rows = np.asarray(vectors, dtype=np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
 
 
 def _rank_direction(similarity: Vectors, relevant: Bools) -> RetrievalDirection:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlduet.data.records import ImageRef, Parts, extract_images
+from vlduet.data.vectors import unit_rows
 from vlduet.eval.benchmarks.composites import make_grey_image
 from vlduet.eval.benchmarks.runners import OptionNats, best_positive_ranks, run_pairs
 from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample, average, average_by_tag
@@ -35,7 +36,6 @@ from vlduet.eval.benchmarks.tasks import (
 )
 from vlduet.eval.benchmarks.yes_no import score_pope
 from vlduet.eval.predictions import PredictionStore
-from vlduet.eval.protocols import unit_rows
 
 TEXT_ONLY = "text_only/"
 """Prefix of the names of the numbers of the control."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from vlduet.data.vectors import unit_rows
 from vlduet.eval.benchmarks.scores import (
     BenchmarkScore,
     MetricSample,
@@ -32,7 +33,6 @@ from vlduet.eval.benchmarks.tasks import (
 )
 from vlduet.eval.metrics import first_hit_ranks
 from vlduet.eval.predictions import PredictionStore
-from vlduet.eval.protocols import unit_rows
 
 Vectors = NDArray[np.float32]
 
