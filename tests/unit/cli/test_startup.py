@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers import tiny
 from helpers.fake_embedder import write_pairs
 from helpers.processes import run_process
@@ -61,6 +63,17 @@ assert table.to_pandas()["a"].tolist() == [1, 2]
 """
 
 
+OTHER_VERSION = """
+import sys
+from vlduet.retrieval.stores.lancedb_import import import_lancedb
+
+sys.path.insert(0, sys.argv[1])
+lancedb = import_lancedb()
+assert isinstance(lancedb.make(), lancedb.Base)
+assert lancedb.Base.__module__ == sys.argv[2]
+"""
+
+
 def test_a_search_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "model")
     model = DuetModel.from_pretrained(tmp_path / "model")
@@ -75,3 +88,24 @@ def test_a_search_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
 
 def test_clients_of_lancedb_and_pandas_are_imported_when_they_are_used() -> None:
     run_process([sys.executable, "-c", CLIENTS], check=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "statement"),
+    [
+        ("remote", "make = Base().make"),
+        ("remote", "class make(Base): pass"),
+        ("cloud", "make = Base"),
+    ],
+    ids=["called", "derived", "renamed"],
+)
+def test_another_version_of_lancedb_may_use_its_clients_at_once(
+    tmp_path: Path, module: str, statement: str
+) -> None:
+    package = tmp_path / "lancedb"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"from .{module} import Base\n{statement}\n")
+    base = "class Base:\n    make = classmethod(lambda cls: cls())\n"
+    (package / f"{module}.py").write_text(base)
+    command = [sys.executable, "-c", OTHER_VERSION, tmp_path, f"lancedb.{module}"]
+    run_process(command, check=True)

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +18,8 @@ import pyarrow as pa
 
 CLIENT_MODULES = ("lance_namespace_urllib3_client", "lancedb.remote", "lancedb.namespace")
 """Modules, with their submodules, that lancedb needs only for a database on a server."""
+STAND_IN_ERRORS = (AttributeError, ImportError, NameError, RecursionError, TypeError)
+"""Errors of an import that uses more of a stand-in than its name."""
 
 
 def import_lancedb() -> ModuleType:
@@ -25,7 +27,8 @@ def import_lancedb() -> ModuleType:
 
     Where lancedb was imported before, nothing changes. Otherwise names of `CLIENT_MODULES` that
     lancedb imports are bound to stand-ins, and the modules themselves stay unimported: a later
-    import of them, by whomever, gives the real ones.
+    import of them, by whomever, gives the real ones. A version of lancedb that needs them for its
+    own import is imported with them.
     """
     if "lancedb" in sys.modules:
         return sys.modules["lancedb"]
@@ -33,10 +36,17 @@ def import_lancedb() -> ModuleType:
     sys.meta_path.insert(0, finder)
     try:
         return importlib.import_module("lancedb")
+    except STAND_IN_ERRORS:
+        for name in [name for name in sys.modules if name.startswith("lancedb.")]:
+            # An extension module can be initialised only once in a process.
+            loader = getattr(sys.modules[name], "__loader__", None)
+            if not isinstance(loader, ExtensionFileLoader):
+                del sys.modules[name]
     finally:
         sys.meta_path.remove(finder)
         for name in finder.module_names:
             sys.modules.pop(name, None)
+    return importlib.import_module("lancedb")
 
 
 def disable_pandas() -> None:
@@ -105,8 +115,14 @@ class _DeferredModule(ModuleType):
 class _DeferredType(type):
     """Type of the stand-ins; what is done with one is done with the object that it stands for.
 
-    A stand-in is a class, so that it can be part of an annotation.
+    A stand-in is a class, so that it can be part of an annotation. It cannot be the base of one.
     """
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        """Return a stand-in; raise TypeError for a class that is derived from one."""
+        if bases:
+            raise TypeError(f"'{name}' is derived from a stand-in")
+        return super().__new__(cls, name, bases, namespace)
 
     def resolve(cls) -> Any:
         """Return the object that the stand-in stands for; import its module."""
