@@ -125,7 +125,7 @@ class EmbeddingQueue:
         The other jobs come before the next item of its job. With `texts_only`, jobs whose next item
         has an image are passed over.
         """
-        self._drop_finished()
+        self.drop_finished()
         for job in [*self.jobs]:
             if self._num_prepared < MAX_PREPARED and _can_prepare(job, texts_only):
                 position = job.num_started
@@ -168,7 +168,7 @@ class EmbeddingQueue:
         Returns:
             The items of each forward pass: of similar length, so that little is padded.
         """
-        self._drop_finished()
+        self.drop_finished()
         rows = _RowCount()
         passes: dict[int, list[TurnItem]] = {}
         num_images = 0
@@ -200,7 +200,7 @@ class EmbeddingQueue:
         for job in self.jobs:
             job.fail(error)
 
-    def _drop_finished(self) -> None:
+    def drop_finished(self) -> None:
         """Forget the jobs that are embedded, were cancelled or failed, and their prepared items."""
         for job in self.jobs:
             if job.future.done():

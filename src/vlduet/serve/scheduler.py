@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
@@ -63,8 +63,8 @@ class ChatRequest:
 class ChatScheduler:
     """Answers chats concurrently: every step generates one token for each running chat.
 
-    `take_waiting` and `prepare` are called by the threads that prepare prompts, the other methods
-    by the model's thread. Both hold the worker's lock for `take_waiting`.
+    The threads that prepare prompts call `take_waiting`, `prepare` and `add_prepared`, the model's
+    thread the other methods. Both hold the worker's lock, except for `prepare` and `step`.
 
     Args:
         model: model that generates.
@@ -115,6 +115,13 @@ class ChatScheduler:
                 return request
         return None
 
+    def drop_cancelled(self) -> None:
+        """Forget the waiting chats that were cancelled, with their images."""
+        if any(request.cancelled for request in self.waiting_requests):
+            kept = [request for request in self.waiting_requests if not request.cancelled]
+            self.waiting_requests.clear()
+            self.waiting_requests.extend(kept)
+
     def _find_waiting(self, texts_only: bool) -> ChatRequest | None:
         """Return the chat that waits longest, with `texts_only` of those without images."""
         if self.num_running >= MAX_CONCURRENT_CHATS:
@@ -122,13 +129,15 @@ class ChatScheduler:
         suitable = (r for r in self.waiting_requests if not (texts_only and r.has_images))
         return next(suitable, None)
 
-    def prepare(self, request: ChatRequest) -> None:
-        """Prepare the prompt of a chat from `take_waiting` for `step`; raises nothing."""
-        outcome: Sequence | Exception | None
+    def prepare(self, request: ChatRequest) -> Sequence | Exception | None:
+        """Return the prompt of a chat, or the error of its preparation; None if it is cancelled."""
         try:
-            outcome = prepare_chat_sequence(self.model, request, render_lock=self._render_lock)
+            return prepare_chat_sequence(self.model, request, render_lock=self._render_lock)
         except Exception as error:  # noqa: BLE001 - it concerns this request only
-            outcome = error
+            return error
+
+    def add_prepared(self, request: ChatRequest, outcome: Sequence | Exception | None) -> None:
+        """Give the result of `prepare` to `step`."""
         if outcome is not None:
             self._prepared.append((request, outcome))
         self._preparing.discard(request)
@@ -185,15 +194,20 @@ class ChatScheduler:
         Encodes one image at most of the others. An error is delivered to the chats of that forward
         only, which end.
         """
-        prepared = list(self._encode_images())
-        lengths = [len(sequence) for _, sequence in prepared]
+        self._collect_prepared()
+        self._encode_image()
+        # They stay in the queue until they run: while uncounted, they would let others in.
+        complete = [(request, prompt) for request, prompt, images in self._prefilling if not images]
+        lengths = [len(sequence) for _, sequence in complete]
         for group in group_by_length(lengths, FORWARD_MAX_TOKENS):
-            requests = [prepared[i][0] for i in group]
+            requests = [complete[i][0] for i in group]
             try:
-                self._start_decoding(requests, [prepared[i][1] for i in group])
+                self._start_decoding(requests, [complete[i][1] for i in group])
             except Exception as error:  # noqa: BLE001 - such as memory that running chats use
                 for request in requests:
                     request.deliver(error)
+        self._prefilling = deque(entry for entry in self._prefilling if entry[2])
+        self._prefilling.rotate(-1)  # another chat is the first one in the next step
 
     def _start_decoding(self, requests: list[ChatRequest], sequences: list[Sequence]) -> None:
         """Read the prompts, add the requests to the running ones, and deliver their first tokens.
@@ -216,36 +230,36 @@ class ChatScheduler:
         self._running |= zip(entries, requests, strict=True)
         self._deliver_outputs(outputs)
 
-    def _encode_images(self) -> Iterator[tuple[ChatRequest, Sequence]]:
-        """Yield the chats whose images have passed the vision tower, and forget them here.
+    def _collect_prepared(self) -> None:
+        """Queue the prompts that other threads have prepared, and drop the cancelled chats.
 
-        Chats take turns until one image was encoded, so that running chats wait for one image at
-        most. Cancelled chats are dropped; an error is delivered to its own chat, which is dropped
-        too.
+        An error of the preparation is delivered to its chat.
         """
         while self._prepared:
-            request, outcome = self._prepared.popleft()
+            request, outcome = self._prepared[0]
             if isinstance(outcome, Exception):
                 request.deliver(outcome)
-                continue
-            images = [image for _, image in outcome.images]
-            self._prefilling.append((request, outcome, images))
+            else:
+                images = [image for _, image in outcome.images]
+                self._prefilling.append((request, outcome, images))
+            self._prepared.popleft()
         self._prefilling = deque(entry for entry in self._prefilling if not entry[0].cancelled)
-        has_encoded = False
-        for _ in range(len(self._prefilling)):
-            request, sequence, images = self._prefilling.popleft()
-            if images and not has_encoded:
-                has_encoded = True
+
+    def _encode_image(self) -> None:
+        """Pass the next image of the first chat that has one through the vision tower.
+
+        Running chats thus wait for one image at most. An error is delivered to the chat, which is
+        dropped.
+        """
+        for entry in self._prefilling:
+            request, _, images = entry
+            if images:
                 try:
                     self.model.vision_features([images.pop(0)])  # into the cache
                 except Exception as error:  # noqa: BLE001 - it concerns this request only
                     request.deliver(error)
-                    continue
-            if images:
-                self._prefilling.append((request, sequence, images))
-            else:
-                yield request, sequence
-        self._prefilling.rotate(-1)  # another chat is the first one in the next step
+                    self._prefilling.remove(entry)
+                return
 
 
 def prepare_chat_sequence(

@@ -194,21 +194,29 @@ class Worker:
 
         With `texts_only`, those with images are left to the other threads.
         """
+        while self._prepare_next(texts_only):
+            pass
+
+    def _prepare_next(self, texts_only: bool) -> bool:
+        """Wait for a chat or an item and prepare it; return False once the worker is closed."""
         scheduler, embeddings = self._scheduler, self._embeddings
-        while True:
+        with self._changed:
+            embeddings.drop_finished()
+            self._changed.wait_for(lambda: self._closed or self._has_unprepared(texts_only))
+            if self._closed:
+                return False
+            request = scheduler.take_waiting(texts_only=texts_only) if scheduler else None
+            has_chat = request is not None
+            item = None if has_chat else embeddings.take_unprepared(texts_only=texts_only)
+        if request is not None and scheduler is not None:
+            outcome = scheduler.prepare(request)
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._has_unprepared(texts_only))
-                if self._closed:
-                    return
-                request = scheduler.take_waiting(texts_only=texts_only) if scheduler else None
-                has_chat = request is not None
-                item = None if has_chat else embeddings.take_unprepared(texts_only=texts_only)
-            if request is not None and scheduler is not None:
-                scheduler.prepare(request)
-            if item is not None:
-                self._prepare_item(*item)
-            with self._changed:
-                self._changed.notify_all()
+                scheduler.add_prepared(request, outcome)
+        if item is not None:
+            self._prepare_item(*item)
+        with self._changed:
+            self._changed.notify_all()
+        return True
 
     def _has_unprepared(self, texts_only: bool) -> bool:
         """Return whether a chat or an item can be prepared now, with `texts_only` without image."""
@@ -243,6 +251,7 @@ class Worker:
             if self._scheduler is not None:
                 self._scheduler.step()
                 with self._changed:  # a chat that has ended makes room for another one
+                    self._scheduler.drop_cancelled()
                     self._changed.notify_all()
         with self._changed:
             self._embeddings.fail_all(ServerBusyError())
@@ -255,6 +264,7 @@ class Worker:
     def _wait_for_work(self) -> bool:
         """Block until there is work; return False once the worker is closed."""
         with self._changed:
+            self._embeddings.drop_finished()
             self._changed.wait_for(lambda: self._closed or self._has_work())
             return not self._closed
 

@@ -187,6 +187,47 @@ def test_number_of_concurrent_chats_is_limited(model, worker, monkeypatch):
     assert texts == [generate(model, user_message(text), 5) for text in QUESTIONS]
 
 
+def test_chats_count_while_their_prompts_and_images_are_read(endless, worker, monkeypatch):
+    """A chat that did not count for a moment would let another one in beyond the limit."""
+    counts = []
+
+    def count_and_call(function):
+        def call(value):
+            counts.append(worker._scheduler.num_running)
+            return function(value)
+
+        return call
+
+    for name in ("prefill_inputs", "vision_features"):
+        monkeypatch.setattr(endless, name, count_and_call(getattr(endless, name)))
+    with hold_worker(worker):
+        texts = [submit_chat(worker, user_message("a"), 1) for _ in range(2)]
+        assert becomes_true(lambda: len(worker._scheduler._prepared) == 2)
+    assert [len(recorder.read_deltas()) for recorder in texts] == [1, 1]
+    assert counts == [2]
+    assert len(submit_chat(worker, user_message(tiny.random_image()), 1).read_deltas()) == 1
+    assert counts[1:] and set(counts[1:]) == {1}
+
+
+def test_cancelled_chat_leaves_the_queue_while_others_run(endless, worker, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MAX_CONCURRENT_CHATS", 1)
+    recorder = OutputRecorder()
+    num_waiting, outputs = [], []
+
+    def on_output(delta):
+        if delta.completion_tokens == 2:
+            waiting = [ChatRequest(user_message("later"), outputs.append, 3) for _ in range(2)]
+            for request in waiting:
+                worker.submit_chat(request)
+            waiting[0].cancelled = True
+        num_waiting.append(len(worker._waiting_chats))
+        recorder.outputs.put(delta)
+
+    worker.submit_chat(ChatRequest(user_message("go on"), on_output, 4))
+    recorder.read_deltas()
+    assert num_waiting == [0, 2, 1, 1]
+
+
 def test_each_chat_is_sampled_with_its_own_parameters(model, worker):
     def sample() -> list[str]:
         params = [SamplingParams(1.5, seed=3), SamplingParams(), SamplingParams(1.5, seed=4)]

@@ -81,6 +81,15 @@ def test_simultaneous_requests_get_the_vectors_of_requests_alone(model, worker, 
     assert sum(map(len, passes)) == 51 and len(passes) < 12
 
 
+@one_family
+def test_finished_and_failed_requests_leave_the_queue(model, worker):
+    embed(worker, ["a", tiny.random_image()])
+    assert becomes_true(lambda: not worker._embeddings.jobs), "it would keep its images"
+    with pytest.raises(ImageError):
+        embed(worker, [BROKEN_IMAGE])
+    assert becomes_true(lambda: not worker._embeddings.jobs)
+
+
 def test_no_items_give_an_empty_array(model, worker):
     assert worker.submit_embedding([], is_query=True).result(60).vectors.shape == (0, model.dim)
 
