@@ -117,7 +117,7 @@ class IndexCommand(TyperCommand):
     ) -> Any:
         """Return the context of the command that the first word of `args` selects."""
         if args[:1] == ["check"]:
-            checks = typer.Typer(rich_markup_mode=None)
+            checks = typer.Typer(rich_markup_mode=None, add_completion=False)
             checks.command()(check_index)
             command = typer.main.get_command(checks)
             return command.make_context(f"{info_name} check", args[1:], parent)

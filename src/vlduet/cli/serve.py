@@ -42,7 +42,7 @@ def serve(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help=STRICT)] = False,
 ) -> None:
-    """Chat and embed with one copy of a model, over HTTP in the format of OpenAI's API.
+    """Chat, embed and search with one copy of a model, over HTTP in OpenAI's format.
 
     The model is named like its folder. /readyz tells when it is loaded. Ctrl-C or SIGTERM ends the
     server with status 0 once running answers have ended, or after 5 seconds; a second one at once.
@@ -54,6 +54,7 @@ def serve(
     image_hosts = _read_image_hosts(allow_image_host or [])
     # The port is claimed before the model is loaded, which may take minutes.
     listening_socket = _listen(host, port)
+    from vlduet.serve.hosts import LOOPBACK_HOSTS
     from vlduet.serve.server import Backend, LoadedApp, build_server, run_server
 
     def load() -> LoadedApp:
@@ -80,7 +81,7 @@ def serve(
     name = model.resolve().name
     url_host = f"[{host}]" if ":" in host else host
     url = f"http://{url_host}:{listening_socket.getsockname()[1]}/v1"
-    if rules.api_keys is None and rules.allowed_hosts is None:
+    if rules.api_keys is None and host not in LOOPBACK_HOSTS:
         logger.warning(f"everyone who reaches {host} is served: give --keys, or use a firewall")
     server = build_server(Backend(), rules=rules)
     has_ended = run_server(

@@ -18,6 +18,7 @@ from vlduet.serve.asgi import (
     Scope,
     Send,
     error_content,
+    find_headers,
     send_response,
 )
 
@@ -38,7 +39,8 @@ def read_api_keys(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         fix = "Give a text file with one key per line"
-        raise ConfigError(f"cannot be read: {error}", place=path, fix=fix) from None
+        message = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise ConfigError(message, place=path, fix=fix) from None
     keys = []
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#"):
@@ -74,7 +76,7 @@ class ApiKeyMiddleware:
         JSON in the form of OpenAI's errors, without reading the request's body.
         """
         is_public = scope["type"] != "http" or scope["path"] in PUBLIC_PATHS
-        if is_public or self._is_authorised(scope["headers"]):
+        if is_public or self._is_authorised(scope):
             await self.app(scope, receive, send)
             return
         message = "Incorrect API key: send Authorization: Bearer KEY"
@@ -82,12 +84,12 @@ class ApiKeyMiddleware:
         headers = [JSON_HEADER, (b"www-authenticate", b"Bearer")]
         await send_response(send, 401, content, headers=headers)
 
-    def _is_authorised(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    def _is_authorised(self, scope: Scope) -> bool:
         """Return whether there is exactly one Authorization header, ``Bearer KEY`` of a known key.
 
-        The case of the scheme does not matter. Names of `headers` are in lower case, as in ASGI.
+        The case of the scheme does not matter.
         """
-        values = [value for name, value in headers if name == b"authorization"]
+        values = find_headers(scope, b"authorization")
         if len(values) != 1:
             return False
         auth_scheme, _, key = values[0].partition(b" ")
