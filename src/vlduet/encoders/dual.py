@@ -150,11 +150,11 @@ class DualEncoder(nn.Module):
         if any(len(row) != 1 for row in rows):
             fix = "Use a model of another recipe"
             raise DataError("a dual encoder reads one image or one text", fix=fix)
-        limit = self.max_text_tokens
         for position, num_tokens in enumerate(self.count_tokens(items)):
-            if num_tokens > limit:
+            # Images have none, and alone they need no tokenizer.
+            if num_tokens and num_tokens > self.max_text_tokens:
                 if on_truncate is None:
-                    raise too_long_error(num_tokens, limit)
+                    raise too_long_error(num_tokens, self.max_text_tokens)
                 on_truncate(position, num_tokens)
         slices = self.encoders.encode_slices([make_slice(row[0]) for row in rows])
         with eval_mode(self):
@@ -165,7 +165,6 @@ class DualEncoder(nn.Module):
 
     def count_tokens(self, items: Many[Part | Parts]) -> list[int]:
         """Return the number of tokens of every item's texts, before any is cut; 0 for images."""
-        counter = self.encoders.by_role["text"].token_counter
         counts = [0] * len(items)
         texts: list[str] = []
         positions: list[int] = []
@@ -173,7 +172,7 @@ class DualEncoder(nn.Module):
             texts_of_item = [part for part in as_parts(item) if isinstance(part, str)]
             texts += texts_of_item
             positions += [position] * len(texts_of_item)
-        if counter and texts:
+        if texts and (counter := self.encoders.by_role["text"].token_counter):
             for position, num_tokens in zip(positions, counter.count(texts), strict=True):
                 counts[position] += num_tokens
         return counts

@@ -58,5 +58,14 @@ def test_a_text_beyond_the_limit_is_refused_or_cut(dual: DualEncoder) -> None:
     np.testing.assert_allclose(vectors[1:], longer, atol=1e-5)
 
 
+def test_images_alone_need_no_tokenizer(encoder_folders: dict[str, Path]) -> None:
+    frozen = {role: open_encoder(encoder_folders[role]) for role in ("vision", "text")}
+    model = DualEncoder(FrozenEncoders(frozen, cache=FeatureCache(None)), dim=8)
+    assert model.encode([tiny.random_image()]).shape == (1, 8)
+    assert "token_counter" not in vars(frozen["text"])
+    model.encode(["a"])
+    assert "token_counter" in vars(frozen["text"])
+
+
 def test_no_items_give_no_rows(dual: DualEncoder) -> None:
     assert dual.encode([]).shape == (0, 8)
