@@ -40,13 +40,19 @@ MEMORY_MESSAGES = (
     "unable to allocate", "unable to mmap",
 )  # fmt: skip
 """Parts of messages, in lower case, of a lack of memory: torch's allocators, numpy, mmap."""
-DISK_MESSAGES = (
+DISK_REASONS = (
     "disk quota exceeded", "file too large", "no space left on device", "disk is full",
-    "iostream error", "no space left", "os error 27", "os error 28", "pytorchstreamwriter failed",
-    "requested and", "unexpected pos",
+)  # fmt: skip
+"""Parts of messages, in lower case, that say in words what is full; quoted without the rest."""
+DISK_MESSAGES = (
+    *DISK_REASONS, "iostream error", "no space left", "os error 27", "os error 28",
+    "pytorchstreamwriter failed", "requested and", "unexpected pos",
 )  # fmt: skip
 """Parts of messages, in lower case, of a lack of space: torch, numpy, safetensors, LanceDB, SQLite.
-The first four are reasons in words, which are quoted without the rest."""
+"""
+MAX_SEARCHED_CHARS = 2000
+"""Number of characters of a message in which the place in a library's source is looked for: the
+time of that search grows with the square of their number."""
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers of a lack of space."""
 COPY_AGAIN = "Copy the whole folder again"
@@ -78,7 +84,7 @@ def describe_library_error(error: BaseException) -> tuple[str, str] | None:
         return f"too little memory ({reason})", remedy
     if is_lack_of_space(error):
         text = str(error).lower()
-        reason = next((words for words in DISK_MESSAGES[:4] if words in text), reason)
+        reason = next((words for words in DISK_REASONS if words in text), reason)
         return f"no space left on the disk ({reason})", "Free some space, and start again"
     if isinstance(error, FORMAT_ERRORS):
         return f"a broken or truncated file ({reason})", "Copy the files that you named again"
@@ -145,5 +151,6 @@ def _first_line(error: BaseException) -> str:
         return f"the key {shorten(text, 80)} is missing"
     if not text:
         return type(error).__name__
+    line = text.splitlines()[0][:MAX_SEARCHED_CHARS]
     # Libraries in Rust add the place in their source.
-    return shorten(re.sub(r",?\s*\S+\.rs:\d+(:\d+)?", "", text.splitlines()[0]), 200)
+    return shorten(re.sub(r",?\s*\S+\.rs:\d+(:\d+)?", "", line), 200)

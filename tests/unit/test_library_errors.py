@@ -101,6 +101,11 @@ def test_the_place_in_the_source_of_a_library_is_left_out(message: str, words: s
     assert "/root" not in described[0] and "os error" not in described[0]
 
 
+def test_a_message_of_any_length_is_shortened_at_once() -> None:
+    message, _ = describe_library_error(zipfile.BadZipFile("a" * 500_000)) or ("", "")
+    assert message.startswith("a broken or truncated file (aaa") and len(message) < 250
+
+
 def test_an_error_of_ours_passes_unchanged() -> None:
     with pytest.raises(ConfigError, match=r"^x: y$"), translate_library_errors("there"):
         raise ConfigError("y", place="x")

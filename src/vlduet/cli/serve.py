@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from vlduet.cli._common import ModelFolder
 from vlduet.logs import logger
 
 if TYPE_CHECKING:
-    from vlduet.serve.server import AccessRules
+    from vlduet.serve.server import AccessRules, LoadedApp
 
 INDEX = "An index of this model; enables search and retrieval."
 HOST = "Address to listen at; 0.0.0.0 for all addresses of this machine."
@@ -55,30 +56,10 @@ def serve(
     # The port is claimed before the model is loaded, which may take minutes.
     listening_socket = _listen(host, port)
     from vlduet.serve.hosts import LOOPBACK_HOSTS
-    from vlduet.serve.server import Backend, LoadedApp, build_server, run_server
-
-    def load() -> LoadedApp:
-        """Load model and index; runs while the server says that it is not ready."""
-        from vlduet.encoders.dual import open_embedder
-        from vlduet.retrieval.index import Index
-        from vlduet.serve.app import Service
-        from vlduet.serve.url_images import ImageUrlPolicy, make_url_loader
-        from vlduet.serve.worker import Worker
-
-        loaded = open_embedder(model)
-        opened_index = None if index is None else Index.open(index, loaded)
-        worker = Worker(loaded)
-        service = Service(
-            worker,
-            name=name,
-            index=opened_index,
-            strict=strict,
-            load_url=make_url_loader(ImageUrlPolicy(image_hosts)) if image_hosts else None,
-        )
-        count_documents = None if opened_index is None else opened_index.count
-        return LoadedApp(service.build_app(), worker, count_documents)
+    from vlduet.serve.server import Backend, build_server, run_server
 
     name = model.resolve().name
+    load = partial(_load_app, model, index, name=name, strict=strict, image_hosts=image_hosts)
     url_host = f"[{host}]" if ":" in host else host
     url = f"http://{url_host}:{listening_socket.getsockname()[1]}/v1"
     if rules.api_keys is None and host not in LOOPBACK_HOSTS:
@@ -95,6 +76,36 @@ def serve(
         logging.shutdown()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _load_app(
+    model: Path,
+    index: Path | None,
+    *,
+    name: str,
+    strict: bool,
+    image_hosts: list[str],
+) -> LoadedApp:
+    """Load model and index; runs while the server says that it is not ready."""
+    from vlduet.encoders.dual import open_embedder
+    from vlduet.retrieval.index import Index
+    from vlduet.serve.app import Service
+    from vlduet.serve.server import LoadedApp
+    from vlduet.serve.url_images import ImageUrlPolicy, make_url_loader
+    from vlduet.serve.worker import Worker
+
+    loaded = open_embedder(model)
+    opened_index = None if index is None else Index.open(index, loaded)
+    worker = Worker(loaded)
+    service = Service(
+        worker,
+        name=name,
+        index=opened_index,
+        strict=strict,
+        load_url=make_url_loader(ImageUrlPolicy(image_hosts)) if image_hosts else None,
+    )
+    count_documents = None if opened_index is None else opened_index.count
+    return LoadedApp(service.build_app(), worker, count_documents)
 
 
 def _read_rules(

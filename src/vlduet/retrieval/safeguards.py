@@ -25,6 +25,8 @@ from vlduet.retrieval.stores.base import RowHashes
 class _Collisions:
     """Documents of the source whose ids documents of another source have."""
 
+    is_compared: bool
+    """Whether the contents of these documents are compared."""
     ids: list[str] = field(default_factory=list)
     num_equal: int = 0
     num_different: int = 0
@@ -52,10 +54,10 @@ def find_takeover_refusal(
     source that is still there only those with equal ids. Without other sources the source is not
     read here.
     """
-    collisions: dict[int, _Collisions] = {}
-    is_file = source.path.is_file()
     if not state.foreign:
         return None
+    collisions: dict[int, _Collisions] = {}
+    is_file = source.path.is_file()
     for record in source.read_silently(IgnoredData(), on_error=lambda error: None):
         try:
             documents = split_record(record, side)
@@ -65,9 +67,13 @@ def find_takeover_refusal(
             owner = state.foreign.get(document.id)
             if owner is None:
                 continue
-            collision = collisions.setdefault(owner, _Collisions())
+            if owner not in collisions:
+                # Once, not for every document: the drive of the other source may be slow.
+                is_compared = not force and (is_file or state.is_missing(owner))
+                collisions[owner] = _Collisions(is_compared)
+            collision = collisions[owner]
             collision.ids.append(document.id)
-            if force or not (is_file or state.is_missing(owner)):
+            if not collision.is_compared:
                 continue
             try:
                 content_hash = hash_parts(document.parts, state.image_key)

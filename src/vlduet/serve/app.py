@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from starlette.exceptions import HTTPException
+
 from vlduet import __version__
-from vlduet.errors import MissingExtraError, ModelError, VLDuetError
+from vlduet.errors import ModelError, VLDuetError
 from vlduet.retrieval.index import Index
 from vlduet.serve.asgi import error_content
 from vlduet.serve.content import UrlLoader
@@ -18,15 +23,6 @@ from vlduet.serve.resources import Resources
 from vlduet.serve.routes import chat, classify, embeddings, images, models, rerank, search
 from vlduet.serve.validation import describe_mistake
 from vlduet.serve.worker import ServerBusyError, Worker
-
-try:
-    from fastapi import FastAPI, Request, Response
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse
-    from starlette.exceptions import HTTPException
-except ImportError as error:
-    message = "serving needs fastapi and uvicorn"
-    raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
 ROUTES = (models, embeddings, chat, search, rerank, classify, images)
 """Files of the endpoints, in the order of the documentation."""

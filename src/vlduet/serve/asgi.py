@@ -12,6 +12,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 JSON_HEADER = (b"content-type", b"application/json")
+CLIENT_CLOSED_REQUEST = 499
+"""Status, introduced by nginx, of a request whose client disconnected."""
 
 
 def error_content(

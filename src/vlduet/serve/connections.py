@@ -8,17 +8,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from vlduet.errors import MissingExtraError
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
 from vlduet.serve.asgi import ASGIApp, error_content
 from vlduet.serve.limits import ServerLimits
-
-try:
-    import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-    from uvicorn.server import ServerState
-except ImportError as error:
-    message = "serving needs fastapi and uvicorn"
-    raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
 ABORT_SECONDS = 2.0
 """Time that the last bytes for a client have to be sent after its connection was closed."""

@@ -5,14 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from vlduet.errors import MissingExtraError
-from vlduet.serve.asgi import ASGIApp, Receive, Scope, Send, find_headers
+from starlette.exceptions import HTTPException
 
-try:
-    from starlette.exceptions import HTTPException
-except ImportError as error:
-    message = "serving needs fastapi and uvicorn"
-    raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
+from vlduet.serve.asgi import ASGIApp, Receive, Scope, Send, find_headers
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,9 @@ class DuetEncoder:
 
     def __init__(self, model: DuetModel):
         self.model = model
-        # Renderers and tokenizers fill caches that are not made for several threads.
-        self._render_lock = threading.Lock()
+        # Renderers and tokenizers fill caches that are not made for several threads, of which
+        # each holds this.
+        self.render_lock = threading.Lock()
 
     def prepare(self, item: Part | Parts, *, is_query: bool, truncate: bool) -> PreparedContent:
         """Return the sequence of a content; raises as `ContentEncoder.prepare`."""
@@ -71,7 +72,7 @@ class DuetEncoder:
             image: self.model.prepare_image(image) for image in extract_images(as_parts(item))
         }
         renderer = self.model.renderer.with_options(prepare_image=images.__getitem__)
-        with self._render_lock:
+        with self.render_lock:
             sequence = embedding.render(renderer, item, is_query=is_query, truncate=truncate)
         is_cut = sequence.num_cut_tokens > 0
         prepared = tuple(image for _, image in sequence.images)
@@ -86,11 +87,6 @@ class DuetEncoder:
     ) -> Iterator[np.ndarray | None]:
         """Yield as `ContentEncoder.embed_in_chunks`."""
         return embedding.embed_in_chunks(self.model, content.content, chunk_tokens)
-
-    @property
-    def render_lock(self) -> threading.Lock:
-        """Lock that whoever uses the model's renderer in several threads holds."""
-        return self._render_lock
 
 
 class TowerEncoder:

@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 from typing import Any
 from urllib.parse import quote
 
-from vlduet.serve.asgi import ASGIApp, Receive, Scope, Send, find_headers
+from vlduet.serve.asgi import CLIENT_CLOSED_REQUEST, ASGIApp, Receive, Scope, Send, find_headers
 from vlduet.serve.metrics import ServerMetrics
 
 logger = logging.getLogger("vlduet.requests")
@@ -19,8 +19,6 @@ logger = logging.getLogger("vlduet.requests")
 REQUEST_ID_HEADER = b"x-request-id"
 SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,100}")
 """Ids of clients that are used; another one is replaced, because it ends up in logs."""
-CLIENT_CLOSED_REQUEST = 499
-"""Status, introduced by nginx, of a request whose client disconnected."""
 MAX_LOGGED_PATH = 200
 """Number of characters of a path in the log."""
 

@@ -15,27 +15,23 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
+from fastapi import HTTPException, Request, Response
 from pydantic import ValidationError
 
 from vlduet.data.records import Part, Parts, as_parts
-from vlduet.errors import DataError, MissingExtraError, ModelError, RetrievalError
+from vlduet.errors import DataError, ModelError, RetrievalError
 from vlduet.model.limits import TRUNCATION_REMEDY
 from vlduet.retrieval.calibration import find_content_kind, judge_hits
 from vlduet.retrieval.filters import Where
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import DEFAULT_OPTIONS, Hit, SearchOptions, search_vector
+from vlduet.serve.asgi import CLIENT_CLOSED_REQUEST
 from vlduet.serve.content import UrlLoader
 from vlduet.serve.embedding_jobs import EmbeddingResult
 from vlduet.serve.fields import check_fields
 from vlduet.serve.schemas import EmbeddingOptions, RequestBody
 from vlduet.serve.validation import describe_validation_error
 from vlduet.serve.worker import Worker
-
-try:
-    from fastapi import HTTPException, Request, Response
-except ImportError as error:
-    message = "serving needs fastapi and uvicorn"
-    raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -44,8 +40,6 @@ DISCONNECT_POLL_SECONDS = 1.0
 MAX_JSON_DELIMITERS = 500_000
 """Number of commas and opening brackets in a body. Python decodes JSON without a pause for other
 threads: a body of 64 MiB that consists of them would stop the server for seconds."""
-CLIENT_CLOSED_REQUEST = 499
-"""Status, introduced by nginx, of a request whose client disconnected."""
 
 Body = TypeVar("Body", bound=RequestBody)
 T = TypeVar("T")

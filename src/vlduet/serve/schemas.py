@@ -1,4 +1,4 @@
-"""Schemas that several endpoints share: the base of bodies, retrieval options, usage and errors."""
+"""Schemas that several endpoints share: base of bodies, truncation, filters, usage and errors."""
 
 from __future__ import annotations
 

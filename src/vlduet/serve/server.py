@@ -20,7 +20,9 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from vlduet.errors import MissingExtraError
+import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+
 from vlduet.serve.asgi import (
     JSON_HEADER,
     ASGIApp,
@@ -41,12 +43,6 @@ if TYPE_CHECKING:
     from vlduet.model.generation.continuous import Delta
     from vlduet.serve.worker import Worker
 
-try:
-    import uvicorn
-    from starlette.middleware.cors import CORSMiddleware
-except ImportError as error:
-    message = "serving needs fastapi and uvicorn"
-    raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
 MAX_SHARE_OF_FILES = 0.5
 """Share of the files that a process may open that connections may use up."""

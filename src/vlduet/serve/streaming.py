@@ -14,8 +14,8 @@ from fastapi import HTTPException, Request
 
 from vlduet.model.generation.continuous import Delta
 from vlduet.retrieval.search import Hit
-from vlduet.serve.asgi import error_content
-from vlduet.serve.resources import CLIENT_CLOSED_REQUEST, format_hits
+from vlduet.serve.asgi import CLIENT_CLOSED_REQUEST, error_content
+from vlduet.serve.resources import format_hits
 from vlduet.serve.scheduler import ChatRequest
 from vlduet.serve.schemas import chat_usage
 

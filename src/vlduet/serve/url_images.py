@@ -15,15 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
-from vlduet.data.records import ImageRef
-from vlduet.errors import ConfigError, DataError, MissingExtraError
-from vlduet.serve.hosts import check_host_name
+import h11
 
-try:
-    import h11
-except ImportError as error:
-    message = "serving needs fastapi and uvicorn"
-    raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
+from vlduet.data.records import ImageRef
+from vlduet.errors import ConfigError, DataError
+from vlduet.serve.hosts import check_host_name
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")

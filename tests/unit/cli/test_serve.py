@@ -16,7 +16,7 @@ import pytest
 from helpers import tiny
 from helpers.processes import run_process, start_process
 from vlduet.cli.serve import serve
-from vlduet.errors import ConfigError
+from vlduet.errors import ConfigError, VLDuetError
 
 
 def request(port, path, **headers):
@@ -81,6 +81,14 @@ def is_listening(port):
 def test_wrong_options_are_refused_before_the_model_is_read(options, message):
     with pytest.raises(ConfigError, match=message):
         serve(Path("no-such-model"), port=0, **options)
+
+
+@pytest.mark.parametrize(("host", "is_warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_server_that_anyone_can_reach_without_a_key_gives_a_warning(caplog, host, is_warned):
+    """A list of names keeps web pages away, but not other machines."""
+    with pytest.raises(VLDuetError):
+        serve(Path("no-such-model"), host=host, port=0, allow_host=["photos.example.org"])
+    assert any("everyone who reaches" in text for text in caplog.messages) == is_warned
 
 
 def test_missing_extra_is_named_with_the_command_that_installs_it():

@@ -221,7 +221,6 @@ def make_router(resources: Resources) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         response_model=ChatResponse,
-        response_model_exclude_none=True,
         openapi_extra=describe_body(ChatBody),
         responses={200: {"content": {"text/event-stream": {}}}},
         tags=["Chat"],

@@ -75,7 +75,6 @@ def make_router(resources: Resources) -> APIRouter:
     @router.post(
         "/v1/search",
         response_model=SearchResponse,
-        response_model_exclude_none=True,
         openapi_extra=describe_body(SearchBody),
         tags=["Search"],
     )
