@@ -66,14 +66,14 @@ def search(
     if query and like is not None:
         fix = "Give a query or an id"
         raise RetrievalError("both a query and --like", place="vlduet search", fix=fix)
-    with _open_index(folder) as opened:
+    with open_index(folder) as opened:
         if like is not None:
             hits = search_similar(opened, like, k=k, where=where, options=options)
         else:
             embedder = open_embedder(model or opened.model_path, check_golden="once")
             hits = find_hits(opened, embedder, query, k=k, where=where, options=options)
     if as_json:
-        print_json({"index": str(folder), "hits": [_hit_fields(hit) for hit in hits]})
+        print_json({"index": str(folder), "hits": [hit_fields(hit) for hit in hits]})
     else:
         _print_hits(hits)
 
@@ -93,7 +93,7 @@ def check_index(
 
     from vlduet.retrieval.recall import measure_recall
 
-    with _open_index(folder) as opened:
+    with open_index(folder) as opened:
         report = measure_recall(opened, sample=sample)
     if as_json:
         print_json({"index": str(folder), **asdict(report)})
@@ -143,13 +143,13 @@ def ask(
     from vlduet.model.duet import DuetModel
     from vlduet.retrieval.rag import format_source, prepare_prompt, stream_answer
 
-    with _open_index(folder) as opened:
+    with open_index(folder) as opened:
         loaded = DuetModel.from_pretrained(model or opened.model_path)
         prompt = prepare_prompt(opened, loaded, question, image=_image_ref(image), k=k, where=where)
     texts = stream_answer(loaded, prompt, max_new_tokens=max_new_tokens)
     if as_json:
         answer = "".join(texts).strip()
-        sources = [_hit_fields(hit) for hit in prompt.sources]
+        sources = [hit_fields(hit) for hit in prompt.sources]
         print_json({"answer": answer, "sources": sources, "prompt": str(prompt)})
         return
     for text in texts:
@@ -161,7 +161,7 @@ def ask(
         print_text(format_source(hit))
 
 
-def _open_index(folder: Path) -> Index:
+def open_index(folder: Path) -> Index:
     """Open an index for searching; log a warning if its last build did not finish.
 
     Raises RetrievalError if there is no index or it cannot be read. No model is checked.
@@ -183,7 +183,7 @@ def _image_ref(path: Path | None) -> ImageRef | None:
     return None if path is None else ImageRef(path=path)
 
 
-def _hit_fields(hit: Hit) -> dict[str, Any]:
+def hit_fields(hit: Hit) -> dict[str, Any]:
     """Return a hit as JSON values; `p` is left out if it is not known."""
     fields = {
         "rank": hit.rank,
@@ -208,7 +208,7 @@ def _print_hits(hits: list[Hit]) -> None:
         return
     rows = []
     for hit in hits:
-        fields = _hit_fields(hit) | {"score": f"{hit.score:.3f}"}
+        fields = hit_fields(hit) | {"score": f"{hit.score:.3f}"}
         cells = [str(fields[name] or "") for name in ("rank", "score", "id", "text", "image")]
         rows.append(list(map(strip_control_characters, cells)))
     if not sys.stdout.isatty():
