@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlduet.data import images
-from vlduet.data.records import ImageRef, Message, Part, Parts
+from vlduet.data.records import Conversation, ImageRef, Message, Part, Parts, as_parts
 from vlduet.model.limits import TruncationCallback, too_long_error
 from vlduet.model.score_statistics import ScoreStatistics
 
@@ -83,8 +83,12 @@ class FakeModel:
         return rows
 
     @staticmethod
-    def _parts(item: Part | Parts) -> Parts:
-        return (item,) if isinstance(item, str | ImageRef) else tuple(item)
+    def _parts(item: Part | Parts | Conversation) -> Parts:
+        """Return the parts of an item; those of a conversation are joined."""
+        parts: list[Part] = []
+        for part in as_parts(item):
+            parts += part.parts if isinstance(part, Message) else (part,)
+        return tuple(parts)
 
     def _vector(self, parts: Parts) -> np.ndarray:
         total = np.zeros(self.dim)

@@ -145,7 +145,8 @@ def ask(
 
     with open_index(folder) as opened:
         loaded = DuetModel.from_pretrained(model or opened.model_path)
-        prompt = prepare_prompt(opened, loaded, question, image=_image_ref(image), k=k, where=where)
+        parts = tuple(part for part in (_image_ref(image), question) if part is not None)
+        prompt = prepare_prompt(opened, loaded, parts, k=k, where=where)
     texts = stream_answer(loaded, prompt, max_new_tokens=max_new_tokens)
     if as_json:
         answer = "".join(texts).strip()

@@ -126,6 +126,10 @@ class Message:
     """Learn the turn, if it is by the assistant; False: it is context only."""
 
 
+Conversation = tuple[Message, ...]
+"""Turns in order, at least one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One training or retrieval sample. Its `kind` follows from the fields that are filled.

@@ -85,7 +85,7 @@ def answer_questions(
             image, text = question.parts
             assert isinstance(image, ImageRef) and isinstance(text, str), "one image, one question"
             alone = model.generate([question], max_new_tokens=MAX_ANSWER_TOKENS)
-            reply = rag.ask(index, model, text, image=image, max_new_tokens=MAX_ANSWER_TOKENS)
+            reply = rag.ask(index, model, (image, text), max_new_tokens=MAX_ANSWER_TOKENS)
             sources = [(hit.id, hit.score) for hit in reply.sources]
             answers.append(
                 examples.AnsweredQuestion(

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlduet.data.content_keys import content_key
 from vlduet.data.quarantine import Quarantine, bisect_failures
-from vlduet.data.records import Part, Parts, Record
+from vlduet.data.records import Message, Part, Parts, Record
 from vlduet.errors import DataError
 from vlduet.logs import logger
 from vlduet.model.limits import TruncationCallback, log_truncation
@@ -115,8 +115,13 @@ def _list_contents(record: Record) -> dict[ContentKind, Parts]:
     return contents
 
 
-def find_content_kind(parts: Sequence[Part]) -> ContentKind:
-    """Return the type of a content of at least one part."""
+def find_content_kind(parts: Sequence[Part | Message]) -> ContentKind | None:
+    """Return the type of a content of at least one part; None for a conversation.
+
+    A conversation is rendered as a chat, with which no content of a calibration was compared.
+    """
+    if any(isinstance(part, Message) for part in parts):
+        return None
     has_text = any(isinstance(part, str) for part in parts)
     has_image = any(not isinstance(part, str) for part in parts)
     return "both" if has_text and has_image else "text" if has_text else "image"
@@ -190,7 +195,7 @@ def judge_hits(
     hits: Sequence[Hit],
     statistics: ScoreStatistics | None,
     *,
-    query: ContentKind,
+    query: ContentKind | None,
     side: Side,
 ) -> list[Hit]:
     """Return copies of hits with `p`, which is None without statistics for their types.
@@ -198,11 +203,11 @@ def judge_hits(
     Args:
         hits: result of a search.
         statistics: those of the model of the index.
-        query: type of the query.
+        query: type of the query; None for one that the statistics do not cover.
         side: side of the records that the index holds. A document of side "record" with an image
             counts as "both" if it has a text, and else as "image".
     """
-    if statistics is None:
+    if statistics is None or query is None:
         return list(hits)
     return [
         replace(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vlduet.data.records import ImageRef, Part, Parts
+from vlduet.data.records import ImageRef, Message, Part
 from vlduet.errors import RetrievalError, quote_value
 from vlduet.retrieval.calibration import find_content_kind, judge_hits
 from vlduet.retrieval.encode import Embedder
@@ -69,7 +69,7 @@ DEFAULT_OPTIONS = SearchOptions()
 def search(
     index: Index,
     model: Embedder,
-    query: Part | Parts,
+    query: Part | Iterable[Part] | Iterable[Message],
     *,
     k: int = 10,
     where: Where = None,
@@ -83,7 +83,8 @@ def search(
     Args:
         index: index to search.
         model: model that built the index; it embeds the query.
-        query: a text, an image, or a tuple of both.
+        query: a text, an image, any sequence of both, or a conversation, which is embedded where
+            its last turn ends.
         k: number of hits.
         where: filter on metadata, see `filters.Where`.
         options: threshold, offset and further options.
@@ -91,9 +92,10 @@ def search(
     Raises:
         RetrievalError: an empty query or a blank text in it, `k` below 1, a model that did not
             build the index, or a filter that is malformed or on metadata that no document has.
-        DataError: a query that cannot be embedded; ImageError for a broken image.
+        DataError: a query that cannot be embedded, such as a conversation by a dual encoder;
+            ImageError for a broken image.
     """
-    parts = (query,) if isinstance(query, str | ImageRef) else tuple(query)
+    parts: Any = (query,) if isinstance(query, str | ImageRef) else tuple(query)
     if not parts or any(isinstance(part, str) and not part.strip() for part in parts):
         raise RetrievalError("an empty query", fix="Give a text, an image, or both")
     _check_k(k)

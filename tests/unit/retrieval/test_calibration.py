@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.fake_embedder import FakeModel, paint, write_pairs
-from vlduet.data.records import ImageRef, Record
+from vlduet.data.records import ImageRef, Message, Record
 from vlduet.model.score_statistics import ContentKind, ScoreDistribution, ScoreStatistics
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.calibration import (
@@ -129,6 +129,7 @@ def test_a_hit_is_judged_by_the_type_of_its_document(
     (judged,) = judge_hits([hit], statistics, query="both", side=side)
     assert judged.p is None
     assert judge_hits([hit], None, query="text", side=side) == [hit]
+    assert judge_hits([hit], statistics, query=None, side=side) == [hit]
 
 
 def paint_query(folder: Path) -> ImageRef:
@@ -147,3 +148,4 @@ def test_hits_of_a_search_have_their_share(tmp_path: Path, model: FakeModel) -> 
         assert hits[0].p == distribution.share_at_least(hits[0].score)
         assert search(index, model, paint_query(tmp_path))[0].p is None
     assert find_content_kind(["a", ImageRef(path=Path("a.png"))]) == "both"
+    assert find_content_kind([Message("user", ("a",))]) is None

@@ -11,19 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.fake_embedder import paint
-from vlduet.data.records import ImageRef
+from vlduet.data.records import ImageRef, Message
 from vlduet.errors import RetrievalError
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.rag import (
     MAX_SOURCE_CHARS,
+    add_references,
     ask,
-    build_messages,
     prepare_prompt,
     quote_text,
+    select_query,
     stream_answer,
 )
-from vlduet.retrieval.search import Hit
+from vlduet.retrieval.search import Hit, search
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def hit(text: str, rank: int = 1, image: ImageRef | None = None) -> Hit:
 
 
 def prompt_text(*hits: Hit, question: str = "What?") -> str:
-    (message,) = build_messages(question, hits)
+    (message,) = add_references((Message("user", (question,)),), hits)
     assert message.role == "user"
     return "".join(part for part in message.parts if isinstance(part, str))
 
@@ -57,7 +58,7 @@ def test_prompt_has_references_then_image_then_question(
     index: Index, model: Any, tmp_path: Path
 ) -> None:
     image = ImageRef(path=paint(tmp_path / "q.png", (255, 0, 0)))
-    prompt = prepare_prompt(index, model, "What colour is it?", image=image, k=2)
+    prompt = prepare_prompt(index, model, (image, "What colour is it?"), k=2)
     (message,) = prompt.messages
     assert message.parts[-2:] == (image, "What colour is it?")
     text = str(prompt)
@@ -77,7 +78,7 @@ def test_prompt_has_references_then_image_then_question(
 
 def test_query_consists_of_image_and_question(index: Index, model: Any, tmp_path: Path) -> None:
     image = ImageRef(path=paint(tmp_path / "q.png", (0, 0, 255)))
-    assert prepare_prompt(index, model, "hmm", image=image, k=1).sources[0].id == "blue"
+    assert prepare_prompt(index, model, (image, "hmm"), k=1).sources[0].id == "blue"
 
 
 def test_excluded_documents_are_never_sources(index: Index, model: Any) -> None:
@@ -112,16 +113,68 @@ def test_images_of_references_are_in_the_prompt_on_request(
 
     assert prompt_images(False) == []
     assert len(prompt_images(True)) == 2
-    messages = build_messages(
-        "?", [hit("", image=ImageRef(path=tmp_path / "missing.png"))], with_images=True
-    )
+    missing = hit("", image=ImageRef(path=tmp_path / "missing.png"))
+    messages = add_references((Message("user", ("?",)),), [missing], with_images=True)
     assert not [part for part in messages[0].parts if isinstance(part, ImageRef)]
     assert "[1] (an image)\n" in messages[0].parts
 
 
-def test_empty_question_is_refused(index: Index, model: Any) -> None:
-    with pytest.raises(RetrievalError, match="empty question"):
-        ask(index, model, " ")
+def test_empty_question_is_refused(index: Index, model: Any, tmp_path: Path) -> None:
+    image = ImageRef(path=tmp_path / "a.png")
+    for question in (" ", (), (image,), (Message("user", (image, " ")),)):
+        with pytest.raises(RetrievalError, match="empty question"):
+            ask(index, model, question)
+
+
+def test_question_may_have_several_images(index: Index, model: Any, tmp_path: Path) -> None:
+    red, blue = (ImageRef(path=tmp_path / f"{name}.png") for name in ("red", "blue"))
+    paint(tmp_path / "red.png", (255, 0, 0))
+    paint(tmp_path / "blue.png", (0, 0, 255))
+    question = ["hmm", red, "and", blue]
+    prompt = prepare_prompt(index, model, (part for part in question), k=1)
+    assert prompt.sources[0] == search(index, model, question, k=1)[0]
+    assert list(prompt.messages[0].parts[-4:]) == question
+
+
+DIALOG = (
+    Message("user", ("red",)),
+    Message("assistant", ("Here.",)),
+    Message("user", ("blue", " ")),
+)
+
+
+def test_query_is_the_last_message_or_the_dialog() -> None:
+    assert select_query(DIALOG, "last") == ("blue",)
+    assert select_query(list(DIALOG), "dialog") == DIALOG
+    assert select_query(DIALOG[:1], "dialog") == DIALOG[:1]
+    with pytest.raises(RetrievalError, match="scope: 'all' is no scope"):
+        select_query(DIALOG, "all")  # type: ignore[arg-type]
+    for messages in ((), (Message("user", ("\n",)),)):
+        with pytest.raises(RetrievalError, match="an empty last message"):
+            select_query(messages, "last")
+
+
+def test_references_precede_the_last_turn_of_a_dialog(index: Index, model: Any) -> None:
+    answer = ask(index, model, DIALOG, k=1)
+    assert answer.sources[0].id == "blue"
+    *earlier, last = model.conversations[-1]
+    assert tuple(earlier) == DIALOG[:2]
+    assert last.parts[1].startswith("[1] a blue") and last.parts[-2:] == ("blue", " ")
+    assert str(answer.prompt).startswith("user: red\nassistant: Here.\nuser: The references")
+
+
+def test_dialog_as_query_includes_earlier_turns(index: Index, model: Any) -> None:
+    refined = (*DIALOG[:2], Message("user", ("the same again",)))
+    assert ask(index, model, refined, k=1, scope="dialog").sources[0].id == "red"
+    hits = search(index, model, refined, k=1)
+    assert hits[0].id == "red" and hits[0].p is None
+
+
+def test_dialog_must_end_with_a_question(index: Index, model: Any) -> None:
+    with pytest.raises(RetrievalError, match="the last turn is not the user's"):
+        ask(index, model, DIALOG[:2])
+    with pytest.raises(RetrievalError, match="messages among texts and images"):
+        ask(index, model, (*DIALOG, "red"))  # type: ignore[arg-type]
 
 
 INJECTIONS = [
