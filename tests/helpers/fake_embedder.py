@@ -22,9 +22,9 @@ class FakeModel:
     """Model that embeds a text as a bag of hashed words and an image as its mean colour.
 
     The name of a colour has the embedding of an image of that colour. A text has at most
-    `max_words` words. `embedded` lists the documents that were embedded, `conversations` the
-    messages that were answered, and `before_document` is called with the parts of each document
-    before it is embedded.
+    `max_words` words. `embedded` lists the documents that were embedded, `queries` the queries,
+    `conversations` the messages that were answered, and `before_document` is called with the parts
+    of each document before it is embedded.
     """
 
     dim = 64
@@ -39,12 +39,14 @@ class FakeModel:
     def __init__(self, fingerprint: str = "fake"):
         self.fingerprint = fingerprint
         self.embedded: list[Parts] = []
+        self.queries: list[Part | Parts | Conversation] = []
         self.conversations: list[tuple[Message, ...]] = []
         self.before_document: Callable[[Parts], object] = lambda parts: None
 
     def encode_query(
         self, items: Sequence[Part | Parts], *, on_truncate: TruncationCallback | None = None
     ) -> np.ndarray:
+        self.queries += items
         rows = self._check_lengths(items, on_truncate)
         return np.stack([self._vector(parts) for parts in rows])
 

@@ -27,6 +27,7 @@ from vlduet.cli import (
     train,
     workflows,
 )
+from vlduet.cli.queries import QueryCommand
 from vlduet.errors import VLDuetError
 from vlduet.library_errors import describe_library_error
 from vlduet.logs import install_log_handler, logger, strip_control_characters
@@ -73,9 +74,9 @@ app.add_typer(config.app, name="config")
 app.command(cls=train.TrainCommand)(train.train)
 app.command()(train.compare)
 app.command(cls=retrieval.IndexCommand)(indexing.index)
+app.command(cls=QueryCommand)(retrieval.search)
+app.command(cls=QueryCommand)(retrieval.ask)
 for command in (
-    retrieval.search,
-    retrieval.ask,
     indexing.encode,
     classification.classify,
     evaluation.score,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
 from vlduet.cli._common import Json, print_json, print_text
+from vlduet.cli.queries import Images, QueryFile, Texts, read_query
 from vlduet.logs import logger, strip_control_characters
 
 if TYPE_CHECKING:
-    from vlduet.data.records import ImageRef
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import Hit
 
@@ -21,6 +21,9 @@ WHERE = (
     "Filter on metadata: key=value, !=, <, <=, >, >=, 'key in a,b', 'key contains a'. Combine by "
     "'and', or repeat it."
 )
+QUESTION = "Text of the question, behind those of --text and --image."
+SCOPE = "What of a conversation in --query is the query: its last message, or all of it."
+LAST_TEXT = "Text of the query, behind those of --text and --image."
 THRESHOLD = "Lowest score of a hit, from -1 to 1."
 SAMPLE = "Number of documents whose neighbours are searched."
 LIKE = "Search what is like the document with this id, instead of a query."
@@ -29,18 +32,18 @@ EXACT = "Compare every document, also if the index has an approximate search."
 MODEL = "Folder of the model, if the index cannot find it."
 
 IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of the index.")]
-ImageFile = Annotated[
-    Path | None, typer.Option("--image", metavar="FILE", help="An image, part of the query.")
-]
 Filters = Annotated[list[str] | None, typer.Option("--where", metavar="CONDITION", help=WHERE)]
 OtherModel = Annotated[Path | None, typer.Option("--model", metavar="DIR", help=MODEL)]
 
 
 def search(
+    context: typer.Context,
     folder: IndexFolder,
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Text of the query.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help=LAST_TEXT)] = None,
     *,
-    image: ImageFile = None,
+    texts: Texts = None,
+    images: Images = None,
+    query_file: QueryFile = None,
     like: Annotated[str | None, typer.Option("--like", metavar="ID", help=LIKE)] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     offset: Annotated[int, typer.Option(min=0, help="Hits left out at the beginning.")] = 0,
@@ -51,7 +54,7 @@ def search(
     model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
-    """Print the documents that are nearest to a text, an image, or both, the best first.
+    """Print the documents that are nearest to texts and images in order, the best first.
 
     The output is a table on a terminal and tab-separated lines elsewhere. An empty query, a model
     that did not build the index, and a filter on metadata that no document has are errors.
@@ -62,7 +65,7 @@ def search(
     from vlduet.retrieval.search import search as find_hits
 
     options = SearchOptions(threshold=threshold, offset=offset, distinct=distinct, exact=exact)
-    query = tuple(part for part in (_image_ref(image), text) if part is not None)
+    query = read_query(context, text, texts=texts, images=images, file=query_file)
     if query and like is not None:
         fix = "Give a query or an id"
         raise RetrievalError("both a query and --like", place="vlduet search", fix=fix)
@@ -125,10 +128,14 @@ class IndexCommand(TyperCommand):
 
 
 def ask(
+    context: typer.Context,
     folder: IndexFolder,
-    question: Annotated[str, typer.Argument(help="The question.")],
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help=QUESTION)] = None,
     *,
-    image: ImageFile = None,
+    texts: Texts = None,
+    images: Images = None,
+    query_file: QueryFile = None,
+    scope: Annotated[Literal["last", "dialog"], typer.Option(help=SCOPE)] = "last",
     k: Annotated[int, typer.Option("-k", min=1, help="References put in the prompt.")] = 3,
     where: Filters = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
@@ -141,20 +148,28 @@ def ask(
     no document matches, the model answers without sources. The errors are those of 'vlduet search'.
     """
     from vlduet.model.duet import DuetModel
-    from vlduet.retrieval.rag import format_source, prepare_prompt, stream_answer
+    from vlduet.retrieval.rag import (
+        as_conversation,
+        check_question,
+        format_source,
+        prepare_prompt,
+        stream_answer,
+    )
 
+    query = read_query(context, question, texts=texts, images=images, file=query_file)
+    messages = as_conversation(query)
+    check_question(messages)  # before the model is loaded, which takes seconds
     with open_index(folder) as opened:
         loaded = DuetModel.from_pretrained(model or opened.model_path)
-        parts = tuple(part for part in (_image_ref(image), question) if part is not None)
-        prompt = prepare_prompt(opened, loaded, parts, k=k, where=where)
-    texts = stream_answer(loaded, prompt, max_new_tokens=max_new_tokens)
+        prompt = prepare_prompt(opened, loaded, messages, scope=scope, k=k, where=where)
+    pieces = stream_answer(loaded, prompt, max_new_tokens=max_new_tokens)
     if as_json:
-        answer = "".join(texts).strip()
+        answer = "".join(pieces).strip()
         sources = [hit_fields(hit) for hit in prompt.sources]
         print_json({"answer": answer, "sources": sources, "prompt": str(prompt)})
         return
-    for text in texts:
-        print_text(text, end="")
+    for piece in pieces:
+        print_text(piece, end="")
     print_text(
         "\n\nSources:" if prompt.sources else "\n\nNo sources: nothing in the index matches."
     )
@@ -176,12 +191,6 @@ def open_index(folder: Path) -> Index:
         fix = "Run `vlduet index` again to complete it."
         logger.warning(f"{folder} is incomplete: its last build was interrupted. {fix}")
     return opened
-
-
-def _image_ref(path: Path | None) -> ImageRef | None:
-    from vlduet.data.records import ImageRef
-
-    return None if path is None else ImageRef(path=path)
 
 
 def hit_fields(hit: Hit) -> dict[str, Any]:

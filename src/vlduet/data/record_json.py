@@ -248,6 +248,27 @@ class JsonValue:
             else fields.get_field("image").parse_image()
         )
 
+    def parse_turn(self) -> Message:
+        """Return one turn of a chat; its ``content`` is a text or a list of parts.
+
+        Raises:
+            DataError: the value is no object or has another role than `ROLES`, an unknown key, or a
+                wrong or empty value.
+        """
+        role = self.value.get("role") if isinstance(self.value, dict) else self.value
+        if not isinstance(self.value, dict) or role not in ROLES:
+            place = self.place.with_field("role")
+            fix = f"Use one of {', '.join(ROLES)}"
+            raise DataError(f"role {quote_value(role)}", place=place, fix=fix)
+        for key in sorted(self.value.keys() - TURN_KEYS):
+            fix = suggest_name(key, TURN_KEYS)
+            raise self.get_field(key).make_error(f"unknown key '{key}' in a turn", fix=fix)
+        content = self.get_field("content")
+        if isinstance(content.value, str):
+            content = JsonValue([{"text": content.value}], content.place, content.root)
+        supervised = self.parse_supervision() is not False
+        return Message(role, content.parse_parts(), supervised=supervised)
+
     def parse_supervision(self) -> bool | None:
         """Return whether a turn is learned by its `SUPERVISION_KEYS`; None without one of them.
 
@@ -358,32 +379,18 @@ def _parse_interleaved(row: JsonValue) -> dict[str, Any]:
 
 
 def _parse_chat(row: JsonValue) -> dict[str, Any]:
-    """Return ``{"messages": (Message, ...)}``; ``content`` is a text or a list of parts.
+    """Return ``{"messages": (Message, ...)}``.
 
     Raises:
-        DataError: there is no turn, one is no object or has another role than `ROLES`, an unknown
-            key, or a wrong or empty value, none is by the assistant, or all answers are not to be
-            learned; or the content of a prompt is a text with `IMAGE_TAG`, and the record has no
-            image: it may be a row of another format whose images were lost.
+        DataError: there is no turn, one is wrong (`JsonValue.parse_turn`), none is by the
+            assistant, or all answers are not to be learned; or the content of a prompt is a text
+            with `IMAGE_TAG`, and the record has no image: it may be a row of another format whose
+            images were lost.
     """
-    messages = []
-    tagged_texts = []
-    for turn in row.get_field("messages").parse_items("turns"):
-        role = turn.value.get("role") if isinstance(turn.value, dict) else turn.value
-        if not isinstance(turn.value, dict) or role not in ROLES:
-            place = turn.place.with_field("role")
-            fix = f"Use one of {', '.join(ROLES)}"
-            raise DataError(f"role {quote_value(role)}", place=place, fix=fix)
-        for key in sorted(turn.value.keys() - TURN_KEYS):
-            fix = suggest_name(key, TURN_KEYS)
-            raise turn.get_field(key).make_error(f"unknown key '{key}' in a turn", fix=fix)
-        content = turn.get_field("content")
-        if isinstance(content.value, str):
-            if role != "assistant" and IMAGE_TAG in content.value:
-                tagged_texts.append(content)
-            content = JsonValue([{"text": content.value}], content.place, content.root)
-        supervised = turn.parse_supervision() is not False
-        messages.append(Message(role, content.parse_parts(), supervised=supervised))
+    turns = row.get_field("messages").parse_items("turns")
+    messages = [turn.parse_turn() for turn in turns]
+    contents = [turn.get_field("content") for turn in turns if turn.value["role"] != "assistant"]
+    tagged_texts = [c for c in contents if isinstance(c.value, str) and IMAGE_TAG in c.value]
     if tagged_texts and not any(extract_images(message.parts) for message in messages):
         fix = (
             f'Write the image as a part {{"image": ...}}, or {IMAGE_TAG} as a part {{"text": ...}}'

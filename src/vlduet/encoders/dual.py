@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from vlduet import __version__
 from vlduet.data.batches import Batch, collate
-from vlduet.data.records import Part, Parts, as_parts
+from vlduet.data.records import Message, Part, Parts, as_parts
 from vlduet.data.sequences import Sequence, Slice
 from vlduet.encoders.frozen import (
     FrozenEncoder,
@@ -147,8 +147,8 @@ class DualEncoder(nn.Module):
             ImageError: an unreadable image.
         """
         rows = [as_parts(item) for item in items]
-        if any(len(row) != 1 for row in rows):
-            fix = "Use a model of another recipe"
+        if any(len(row) != 1 or isinstance(row[0], Message) for row in rows):
+            fix = "Use a model of another recipe, or one part of the conversation or document"
             raise DataError("a dual encoder reads one image or one text", fix=fix)
         for position, num_tokens in enumerate(self.count_tokens(items)):
             # Images have none, and alone they need no tokenizer.

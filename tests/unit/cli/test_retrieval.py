@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from helpers import tiny
-from helpers.fake_embedder import FakeModel, paint, write_pairs, write_records
-from vlduet.cli import retrieval
+from helpers.fake_embedder import COLOURS, FakeModel, paint, write_pairs, write_records
 from vlduet.cli.main import app
 from vlduet.data.quarantine import quarantine_path
+from vlduet.data.records import ImageRef, Message
 from vlduet.encoders import dual
 from vlduet.errors import DataError, RetrievalError
 from vlduet.model.duet import DuetModel
@@ -135,6 +135,54 @@ def test_search_by_text_image_and_filters(run: Run, folder: Path, tmp_path: Path
     filters = ["--where", "hue in red,blue", "--where", "warm=true"]
     hits = json.loads(run("search", folder, "x", *filters, "--json").stdout)["hits"]
     assert [hit["id"] for hit in hits] == ["red"]
+
+
+def test_parts_of_a_query_keep_the_order_of_the_command_line(
+    run: Run, folder: Path, model: FakeModel, tmp_path: Path
+) -> None:
+    red, blue = (paint(tmp_path / f"{name}.png", COLOURS[name]) for name in ("red", "blue"))
+    images = ImageRef(path=red), ImageRef(path=blue)
+    options = ["--image", red, "--text=and", "-k", 1, "--text", "--like", f"--image={blue}"]
+    run("search", folder, *options)
+    assert model.queries.pop() == (images[0], "and", "--like", images[1])
+    run("search", folder, "--image", red, "last", "--image", blue, "--text", "third")
+    assert model.queries.pop() == (*images, "third", "last")
+    run("ask", folder, "--text", "first?", "--image", red, "--image", blue, "-k", 1)
+    assert model.queries.pop() == ("first?", *images)
+    assert model.conversations[-1][0].parts[-3:] == ("first?", *images)
+    with pytest.raises(RetrievalError, match="an empty question"):
+        run("ask", folder, "--image", red)
+
+
+def test_a_file_may_hold_the_query(
+    run: Run, folder: Path, model: FakeModel, tmp_path: Path
+) -> None:
+    image = ImageRef(path=paint(tmp_path / "blue.png", COLOURS["blue"]))
+    file = tmp_path / "query.json"
+    file.write_text(json.dumps([{"type": "text", "text": "like"}, {"image": "blue.png"}]))
+    for command in ("search", "ask"):
+        assert "blue" in run(command, folder, "--query", file, "-k", 1).stdout
+        assert model.queries.pop() == ("like", image)
+    for other in (["red"], ["--text", "red"], ["--image", image.path]):
+        with pytest.raises(DataError, match="a query beside that of the file"):
+            run("search", folder, "--query", file, *other)
+    with pytest.raises(RetrievalError, match="both a query and --like"):
+        run("search", folder, "--query", file, "--like", "red")
+
+
+def test_a_conversation_may_be_the_query(
+    run: Run, folder: Path, model: FakeModel, tmp_path: Path
+) -> None:
+    turns = (Message("user", ("red",)), Message("assistant", ("Yes.",)), Message("user", ("more",)))
+    file = tmp_path / "query.json"
+    messages = [{"role": turn.role, "content": turn.parts[0]} for turn in turns]
+    file.write_text(json.dumps({"messages": messages}))
+    for options, query in (([], ("more",)), (["--scope", "dialog"], turns)):
+        values = json.loads(run("ask", folder, "--query", file, "--json", *options).stdout)
+        assert model.queries.pop() == query and "assistant: Yes." in values["prompt"]
+    run("search", folder, "--query", file)
+    assert model.queries.pop() == turns
+    assert run("ask", folder, "red", "--scope", "all").exit_code == 2
 
 
 def test_options_of_a_search_select_hits(run: Run, folder: Path) -> None:
@@ -285,7 +333,7 @@ def test_hits_are_a_table_on_a_terminal(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    retrieval.search(folder, "red", k=2)
+    app(["search", str(folder), "red", "-k", "2"], standalone_mode=False)
     table = capsys.readouterr().out
     assert "rank" in table and "1.0" in table and "red" in table
 
@@ -313,7 +361,7 @@ def test_a_calibrated_model_gives_hits_a_p(
     hits = run_command("search", tmp_path / "index", "red")["hits"]
     assert all(1 / 13 <= hit["p"] <= 1 for hit in hits)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    retrieval.search(tmp_path / "index", "red", k=1)
+    app(["search", str(tmp_path / "index"), "red", "-k", "1"], standalone_mode=False)
     assert f"{hits[0]['p']:.2g}" in capsys.readouterr().out
     with pytest.raises(DataError, match="no unrelated records"):
         run_command("model", "calibrate", tmp_path / "model", write_records(pairs, []))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import tiny
-from vlduet.data.records import Part, Parts
+from vlduet.data.records import Message, Part, Parts
 from vlduet.encoders.dual import DualEncoder
 from vlduet.encoders.frozen import FrozenEncoders
 from vlduet.encoders.loading import open_encoder
@@ -24,7 +24,11 @@ def dual(encoder_folders: dict[str, Path]) -> DualEncoder:
     return DualEncoder(FrozenEncoders(frozen, cache=FeatureCache(None)), dim=8)
 
 
-@pytest.mark.parametrize("item", [(), ("a", "b")], ids=["empty", "two parts"])
+@pytest.mark.parametrize(
+    "item",
+    [(), ("a", "b"), (Message("user", ("a",)),)],
+    ids=["empty", "two parts", "conversation"],
+)
 def test_an_item_must_be_one_image_or_one_text(dual: DualEncoder, item: Part | Parts) -> None:
     with pytest.raises(DataError, match="one image or one text"):
         dual.encode(["a", item])
