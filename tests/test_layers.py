@@ -87,6 +87,7 @@ ENTRY_POINTS: dict[str, set[str]] = {
         "model/backbone.py",
         "model/families/llava.py",
         "model/generation/continuous.py",
+        "model/generation/kv_state.py",
         "model/nano.py",
         "model/processing.py",
     },
@@ -119,6 +120,7 @@ ENTRY_POINTS: dict[str, set[str]] = {
     "prometheus_client": {"serve/metrics.py"},
     "typer": {"cli/*"},
     "rich": {"cli/*", "logs.py"},
+    "prompt_toolkit": {"cli/chat_terminal.py"},
     "torch.utils.tensorboard": {"logs.py"},
     "matplotlib": {"reports/charts.py"},
     # Chat templates are jinja templates, and their errors are reported as errors of ours.
@@ -145,6 +147,7 @@ DISTRIBUTIONS = {
     "pillow_heif": "pillow-heif",
     "yaml": "pyyaml",
     "resvg_py": "resvg-py",
+    "prompt_toolkit": "prompt-toolkit",
     "lmms_eval": "lmms-eval",
     # FastAPI is made of it; some names have no other module.
     "starlette": "fastapi",

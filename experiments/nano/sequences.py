@@ -12,7 +12,7 @@ from vlduet.data.sequences import Sequence
 from vlduet.logs import ProgressBar
 from vlduet.model import nano
 from vlduet.model.duet import DuetModel
-from vlduet.model.generation import continuous
+from vlduet.model.generation import offline
 
 NO_LIMIT = 10**6
 """Number of tokens that no sequence of these reaches."""
@@ -128,7 +128,7 @@ def generate_replay_chats(
                 turns = (Message("user", (question,)),)
                 prompts.append(model.renderer.render_chat(turns, add_generation_prompt=True))
             prefill = model.prefill_inputs(prompts)
-            answers += continuous.generate_texts(model.backbone, prefill, MAX_ANSWER_TOKENS)
+            answers += offline.generate_texts(model.backbone, prefill, MAX_ANSWER_TOKENS)
             bar.advance(len(chunk))
     chats = []
     for question, answer in zip(questions, answers, strict=True):

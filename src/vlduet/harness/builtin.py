@@ -40,7 +40,7 @@ from vlduet.model.checkpoint import MANIFEST_NAME, read_provenance
 from vlduet.model.duet import DuetModel
 from vlduet.model.families.registry import FAMILIES
 from vlduet.model.feature_cache import FeatureCache
-from vlduet.model.generation import continuous
+from vlduet.model.generation import offline
 from vlduet.model.limits import log_first_truncation, log_truncation
 from vlduet.model.processing import IMAGE_BACKEND, read_config
 from vlduet.model.saving import find_published_model
@@ -374,7 +374,7 @@ def generate_answers(
     answers = [""] * len(prompts)
     for indices in group_by_length([len(s) for s in sequences], BATCH_TOKENS):
         inputs = model.prefill_inputs([sequences[i] for i in indices])
-        texts = continuous.generate_texts(model.backbone, inputs, max_new_tokens)
+        texts = offline.generate_texts(model.backbone, inputs, max_new_tokens)
         for i, text in zip(indices, texts, strict=True):
             answers[i] = text
     return answers

@@ -27,6 +27,7 @@ from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ModelError
 from vlduet.library_errors import COPY_AGAIN
+from vlduet.model.attention_masks import build_attention_masks
 from vlduet.model.families.registry import find_family
 from vlduet.model.folder_checks import check_checkpoint
 from vlduet.model.processing import (
@@ -253,34 +254,20 @@ class Backbone(nn.Module):
             self._vision_fingerprint = hashlib.sha256(content).hexdigest()[:16]
         return self._vision_fingerprint
 
-    def attention_mask_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return attention masks for language models that would not build the right ones.
+    def attention_mask_inputs(self, batch: Batch, *, num_past: int = 0) -> dict[str, Any]:
+        """Return {"attention_mask": masks} for language models that would not build the right ones.
 
-        These have layers with a sliding window, or images whose tokens see each other both ways.
-
-        Returns:
-            {"attention_mask": {layer type: float[B, 1, T, T]}} in the model's dtype, with 0 where
-            attention is allowed and the lowest number elsewhere. They are `block_causal_mask` of
-            the batch, in sliding layers within the window. Empty for families whose models build
-            the right masks themselves.
-
-        Raises:
-            ModelError: the model attends to later text, so that it cannot generate (Gemma 4).
+        The masks are those of `build_attention_masks`. Empty for families whose models build the
+        right masks themselves. ModelError for a model that attends to later text, so that it cannot
+        generate (Gemma 4).
         """
         kinds = self.family.attention_mask_kinds()
         if not kinds:
             return {}
-        positions = batch.position_ids
         window = self.model.config.get_text_config().sliding_window
-        in_window = positions[:, None, :, None] - positions[:, None, None, :] < window
-        zero = torch.zeros((), dtype=self.model.dtype, device=positions.device)
-        lowest = torch.finfo(self.model.dtype).min
-        masks = {}
-        for layer_type, is_bidirectional in kinds.items():
-            allowed = batch.block_causal_mask(bidirectional_images=is_bidirectional)
-            if layer_type == "sliding_attention":
-                allowed = allowed & in_window
-            masks[layer_type] = torch.where(allowed, zero, lowest)
+        masks = build_attention_masks(
+            batch, kinds, window=window, num_past=num_past, dtype=self.model.dtype
+        )
         return {"attention_mask": masks}
 
     def per_layer_inputs(

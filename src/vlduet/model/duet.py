@@ -27,8 +27,8 @@ from vlduet.model import embedding, feature_cache, likelihood, saving
 from vlduet.model.adapters import LoraSettings, enable_lora, load_lora, merge_lora
 from vlduet.model.backbone import Backbone, ProjectorTraining
 from vlduet.model.embedding import Embeddable
-from vlduet.model.generation import continuous, rerank
-from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs, require_lm_head
+from vlduet.model.generation import interleave, offline, rerank
+from vlduet.model.generation.inputs import build_prefill_inputs, require_lm_head
 from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits, TruncationCallback
 from vlduet.model.pooling import (
     EmbeddingHead,
@@ -140,8 +140,10 @@ class DuetModel(nn.Module):
         outputs = self.backbone.language_model(**inputs, use_cache=False)
         return outputs.last_hidden_state  # type: ignore[no-any-return]
 
-    def language_model_inputs(self, batch: Batch) -> dict[str, Any]:
+    def language_model_inputs(self, batch: Batch, *, num_past: int = 0) -> dict[str, Any]:
         """Return keyword arguments of the language model for a batch, without its position ids.
+
+        The batch follows `num_past` tokens in a key-value cache.
 
         Returns:
             `inputs_embeds`, float[B, T, D]: token embeddings with projected vision features at
@@ -155,7 +157,7 @@ class DuetModel(nn.Module):
             embeddings: Tensor = table(batch.token_ids)
         else:
             embeddings = self.soft_prompts(batch.token_ids, table)
-        inputs = self.backbone.attention_mask_inputs(batch)
+        inputs = self.backbone.attention_mask_inputs(batch, num_past=num_past)
         inputs |= self.backbone.per_layer_inputs(batch.token_ids, batch.image_mask)
         if batch.images:
             features = self.vision_features(list(batch.images))
@@ -416,9 +418,7 @@ class DuetModel(nn.Module):
         """
         prompt = self.renderer.render_chat(tuple(messages), add_generation_prompt=True)
         inputs = self.prefill_inputs([prompt])
-        pieces = continuous.stream_text(
-            self.backbone, inputs, max_new_tokens, temperature=temperature
-        )
+        pieces = offline.stream_text(self.backbone, inputs, max_new_tokens, temperature=temperature)
         return pieces if stream else "".join(pieces).strip()
 
     def caption_images(
@@ -440,9 +440,8 @@ class DuetModel(nn.Module):
             num_drafts=num_drafts,
         )
 
-    def prefill_inputs(self, sequences: list[Sequence]) -> PrefillInputs:
-        """Return open sequences as one batch of prompts to continue (see `generation.inputs`)."""
-        return build_prefill_inputs(self, sequences)
+    prefill_inputs = build_prefill_inputs
+    interleave = interleave.interleave
 
     # ------------------------------------------------------------------ saving and opening
 

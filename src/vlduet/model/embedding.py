@@ -11,23 +11,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from vlduet.data.batches import FORWARD_MAX_TOKENS, PACKED_ROW_TOKENS, group_by_length
-from vlduet.data.records import Part, Parts, as_parts
+from vlduet.data.records import Conversation, Part, Parts, as_parts
 from vlduet.data.sequences import Sequence as TokenSequence
 from vlduet.model.backbone import eval_mode
+from vlduet.model.conversation import is_conversation, render_conversation
 from vlduet.model.limits import TruncationCallback, too_long_error
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
     from vlduet.model.prompts import Renderer
 
-Embeddable = Part | Parts
-"""A content to embed: a text, an image, or a tuple of both in order."""
+Embeddable = Part | Parts | Conversation
+"""A content to embed: a text, an image, a tuple of both in order, or a tuple of `Message`s."""
 ProgressCallback = Callable[[int], None] | None
 """Function that receives the number of items embedded since its last call; None reports nothing."""
 MAX_DECODED_ITEMS = 512
@@ -51,14 +52,16 @@ def encode(
     Nothing is skipped: one unusable item raises.
 
     Args:
-        items: each a text, an `ImageRef`, or a tuple of both; without items the result has no rows.
-        is_query: embed the items as queries, whose texts get `prompts.query` as a prefix.
+        items: each a text, an `ImageRef`, a tuple of both, or a conversation, which is embedded
+            where its last turn ends (`conversation`); without items the result has no rows.
+        is_query: embed the items as queries, whose texts get `prompts.query` as a prefix. It makes
+            no difference to a conversation.
         batch_tokens: bound on the padded tokens of a forward pass; items are grouped by length, and
             short ones share packed rows.
         max_tokens: longest sequence; None is the model's own limit.
         progress: called after every forward pass with the number of items embedded by it.
         on_truncate: allows texts to be cut to `max_tokens`, and is called for every item of which
-            one is cut. None refuses such items.
+            one is cut. None refuses such items. A conversation is never cut.
 
     Raises:
         DataError: an item is empty or blank, longer than `max_tokens` without `on_truncate`, or
@@ -99,9 +102,14 @@ def render(
         ImageError, ConfigError: as `Renderer.render_embedding`.
     """
     limit = renderer.max_tokens
+    if is_conversation(item):
+        sequence = render_conversation(renderer, item)
+        if len(sequence) > limit:
+            raise too_long_error(len(sequence), limit)
+        return sequence
     max_token_chars = renderer.layouts.tokenizer.max_token_chars
     parts: list[Part] = []
-    for part in as_parts(item):
+    for part in as_parts(cast("Part | Parts", item)):
         # Tokens take time: a text that cannot have as few as the limit is cut or refused before.
         if isinstance(part, str) and len(part) > limit * max_token_chars:
             num_chars = find_visible_chars(part, limit * max_token_chars + 1)
@@ -114,6 +122,14 @@ def render(
     if sequence.num_cut_tokens and not truncate:
         raise too_long_error(len(sequence) + sequence.num_cut_tokens, limit)
     return sequence
+
+
+@torch.no_grad()
+def embed_state(model: DuetModel, state: torch.Tensor) -> np.ndarray:
+    """Return the embedding float32[E], unit length, of a hidden state float[D] of decoding."""
+    with eval_mode(model):
+        embedding: torch.Tensor = model.head(state[None].to(model.logit_scale.dtype))[0]
+    return embedding.float().cpu().numpy()
 
 
 def find_visible_chars(text: str, count: int) -> int:

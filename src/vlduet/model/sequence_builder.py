@@ -97,6 +97,8 @@ class SequenceBuilder:
     joined: bool = True
     """Tokenise neighbouring texts together. False: every user text, and the control texts between,
     apart, as in models of early versions."""
+    continues: bool = False
+    """The segments follow tokens that another sequence has: nothing begins a text here."""
     segments: list[Segment] = field(default_factory=list)
     anchor_requests: list[AnchorRequest] = field(default_factory=list)
     trailing_control: str = ""
@@ -235,7 +237,7 @@ class SequenceBuilder:
 
     def _num_bos_tokens(self) -> int:
         """Return 1 if a begin-of-sequence token must be put before the segments, else 0."""
-        if not self.bos_text:
+        if not self.bos_text or self.continues:
             return 0
         bos = self.tokenizer.alias_control(self.bos_text)
         beginning = next((segment.text for segment in self.segments if segment.text), "")
@@ -245,7 +247,7 @@ class SequenceBuilder:
         """Return the tokens of every segment."""
         if not self._tokens:
             if self.joined:
-                self._tokens = self._tokenize_joined(self.segments, continues=False)
+                self._tokens = self._tokenize_joined(self.segments, continues=self.continues)
             else:
                 for is_control, group in groupby(self.segments, lambda s: s.kind == "control"):
                     segments = list(group)

@@ -38,6 +38,7 @@ from vlduet.integrity import (
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.filter_values import FILTER_VERSION
+from vlduet.retrieval.search import search_vector
 from vlduet.retrieval.stores.base import ApproximateMode, IndexRow, VectorStore
 from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 
@@ -253,6 +254,8 @@ class Index:
         index = cls(path, manifest)
         index._checked_model = model
         return index
+
+    search_vector = search_vector
 
     @property
     def model_path(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from vlduet.retrieval.calibration import find_content_kind, judge_hits
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.filter_values import FILTER_VERSION
 from vlduet.retrieval.filters import Condition, Where, parse_conditions
-from vlduet.retrieval.index import Index
 from vlduet.retrieval.stores.base import IndexRow, ScoredRow
+
+if TYPE_CHECKING:
+    from vlduet.retrieval.index import Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ def _find_rows(
     """
     if where and not index.count():
         return []  # an empty index knows no metadata key, so every filter would be an error
-    conditions = _parse_where(index, where)
+    conditions = parse_where(index, where)
     num_wanted = options.offset + k
     limit = num_wanted + (like is not None)
     while True:
@@ -211,7 +213,7 @@ def _find_rows(
         limit *= 4  # documents of identical content took places
 
 
-def _parse_where(index: Index, where: Where) -> tuple[Condition, ...]:
+def parse_where(index: Index, where: Where) -> tuple[Condition, ...]:
     """Return the conditions of a filter; raise RetrievalError as `parse_conditions`.
 
     A key that an index of an earlier version cannot be filtered by is named as such.

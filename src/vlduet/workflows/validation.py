@@ -21,7 +21,7 @@ from vlduet.eval import protocols
 from vlduet.eval.examples import evenly_spaced
 from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
-from vlduet.model.generation import continuous
+from vlduet.model.generation import offline
 from vlduet.model.limits import log_truncation
 from vlduet.model.score_statistics import ScoreStatistics
 from vlduet.retrieval.calibration import measure_score_statistics
@@ -235,7 +235,7 @@ def compute_caption_end_rate(
         if record.image is not None
     ]
     limit = min(2 * max_caption_tokens, MAX_CAPTION_TOKENS)
-    generated = continuous.generate_with_finish_reason(
+    generated = offline.generate_with_finish_reason(
         model.backbone, model.prefill_inputs(prompts), limit
     )
     return sum(finish_reason == "stop" for _, finish_reason in generated) / len(generated)

@@ -15,7 +15,7 @@ from vlduet.data.records import ImageRef, Message, Parts
 from vlduet.encoders.frozen import FrozenEncoder
 from vlduet.harness.builtin import as_embedder, chat_messages, generate_answers
 from vlduet.model.backbone import Backbone
-from vlduet.model.generation import continuous
+from vlduet.model.generation import offline
 from vlduet.model.generation.inputs import PrefillInputs
 
 IMAGE = tiny.random_image(1)
@@ -60,7 +60,7 @@ def test_answers_are_in_the_order_of_the_prompts(
         """Return the number of tokens of every prompt as its answer."""
         return [str(count) for count in inputs.attention_mask.sum(1).tolist()]
 
-    monkeypatch.setattr(continuous, "generate_texts", count_tokens)
+    monkeypatch.setattr(offline, "generate_texts", count_tokens)
     prompts: list[Parts] = [
         ("a long question",), (IMAGE,), ("a",), (IMAGE, "and a question"), ("short",),
     ]  # fmt: skip

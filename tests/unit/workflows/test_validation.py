@@ -77,7 +77,7 @@ def test_the_end_rate_is_measured_on_evenly_spaced_images_and_within_a_limit(
         calls.append((num_prompts, limit))
         return [("", "stop" if i % 4 == 0 else "length") for i in range(num_prompts)]
 
-    monkeypatch.setattr(validation.continuous, "generate_with_finish_reason", generate)
+    monkeypatch.setattr(validation.offline, "generate_with_finish_reason", generate)
     records = [RECORDS[i % 3] for i in range(40)]
     rate = validation.compute_caption_end_rate(model, records, max_caption_tokens=9)
     rate_of_few = validation.compute_caption_end_rate(model, records[:4], max_caption_tokens=900)

@@ -4,6 +4,8 @@
    tokens. Their keys and values are concatenated with those of the running requests, left-padded.
 2. `ContinuousBatcher.step` runs the last token of every request through the language model in one
    forward pass and samples the next one. Finished requests leave the batch.
+3. A request with a `SliceReader` pauses at the end of every sentence, outside the batch, until
+   `resume` goes on or `extend` first reads further tokens, such as those of an image.
 
 Each token is the one that transformers' `generate` would choose for the prompt alone. Of a
 checkpoint's generation config, `repetition_penalty` and `no_repeat_ngram_size` are applied.
@@ -11,7 +13,7 @@ checkpoint's generation config, `repetition_penalty` and `no_repeat_ngram_size` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,8 @@ from vlduet.errors import ModelError
 from vlduet.model.backbone import Backbone, eval_mode
 from vlduet.model.generation.detokenize import IncrementalDetokenizer, holdback_length
 from vlduet.model.generation.inputs import PrefillInputs, suppressed_tokens
+from vlduet.model.generation.kv_state import KVState
+from vlduet.model.generation.slices import SliceEnd, SliceReader
 from vlduet.model.processing import Tokenizer
 
 MIN_SAMPLING_TEMPERATURE = 1e-3
@@ -80,6 +84,8 @@ class Request:
         prompt_tokens: number of tokens of the prompt; set when the request enters a batch.
         is_finished: the request leaves the batch with the next step. Set when the answer ends;
             callers set it, between two steps, to cancel the request.
+        read_span: the hidden states that the next forward pass reads for a `SliceEnd`, their mean:
+            from so many tokens before the end of its tokens to so many. By default the last one.
     """
 
     def __init__(
@@ -88,6 +94,8 @@ class Request:
         *,
         sampling_params: SamplingParams | None = None,
         stop_strings: Sequence[str] = (),
+        slices: SliceReader | None = None,
+        generates: bool = True,
     ):
         """Create a request without tokens, for one `ContinuousBatcher.add_requests`.
 
@@ -95,6 +103,8 @@ class Request:
             max_new_tokens: largest number of tokens of the answer.
             sampling_params: default is greedy. They are not checked before a token is sampled.
             stop_strings: non-empty; the answer ends before the first occurrence of any of them.
+            slices: a new reader pauses the request at the end of every slice.
+            generates: False samples no token: the request pauses after every forward pass.
 
         Raises:
             ValueError: `max_new_tokens` is less than 1.
@@ -104,12 +114,17 @@ class Request:
         self.max_new_tokens = max_new_tokens
         self.sampling_params = sampling_params or SamplingParams()
         self.stop_strings = stop_strings
+        self.slices = slices
+        self.generates = generates
+        self.read_span = (1, 0)
         self.is_finished = False
         self.token_ids: list[int] = []
         self.prompt_tokens = 0
         self._unsent_text = ""  # held back, since it may begin a stop string
         self._has_text = False  # something of the answer was returned
         self._detokenizer: IncrementalDetokenizer | None = None
+        # Token that was sampled at the end of a slice, its text, and whether it ends the answer.
+        self._next_token: tuple[int, str, bool] | None = None
         self._generator: torch.Generator | None = None
 
     def sample_token(self, logits: Tensor) -> Tensor:
@@ -153,12 +168,52 @@ class Request:
             tokenizer: the same in every call.
             is_end: whether the token ends the answer.
         """
+        return self._append(token_id, self._decode(token_id, tokenizer), is_end=is_end)
+
+    def add_sampled_token(
+        self, token_id: int, tokenizer: Tokenizer, *, is_end: bool, state: Tensor
+    ) -> Delta | SliceEnd:
+        """Append a token as `append_token` does, unless a slice ends before it.
+
+        Then the end of the slice is returned, and the token waits for `append_next_token` or
+        `drop_next_token`. `state` is the hidden state float[D] that the token was sampled from.
+        """
+        text = self._decode(token_id, tokenizer)
+        if self.slices is not None:
+            slice_end = self.slices.find_end(state, text, is_end=is_end)
+            if slice_end is not None:
+                self._next_token = token_id, text, is_end
+                return slice_end
+        return self._append(token_id, text, is_end=is_end)
+
+    def append_next_token(self) -> Delta:
+        """Append the token that waits since the end of a slice; see `append_token`."""
+        assert self._next_token is not None, "no token waits"
+        token_id, text, is_end = self._next_token
+        self._next_token = None
+        return self._append(token_id, text, is_end=is_end)
+
+    def drop_next_token(self) -> None:
+        """Forget the token that waits: what is read next comes before the following text."""
+        self._next_token = None
+        self._detokenizer = None
+        if self.slices is not None:
+            self.slices.restart()
+
+    def _decode(self, token_id: int, tokenizer: Tokenizer) -> str:
+        """Return the text that a token completes; to call once for every token."""
         if self._detokenizer is None:
             self._detokenizer = IncrementalDetokenizer(tokenizer)
+        return self._detokenizer.add(token_id)
+
+    def _append(self, token_id: int, text: str, *, is_end: bool) -> Delta:
+        """Append a token with its decoded text; the result is that of `append_token`."""
         self.token_ids.append(token_id)
-        text = self._unsent_text + self._detokenizer.add(token_id)
+        if self.slices is not None:
+            self.slices.add_text(text)
+        text = self._unsent_text + text
         is_full = len(self.token_ids) >= self.max_new_tokens
-        if is_end or is_full:
+        if (is_end or is_full) and self._detokenizer is not None:
             text += self._detokenizer.flush()
         stop_positions = [position for s in self.stop_strings if (position := text.find(s)) >= 0]
         finish_reason = None
@@ -177,61 +232,9 @@ class Request:
         return Delta(delta_text, finish_reason, self.prompt_tokens, len(self.token_ids))
 
 
-StepOutputs = list[tuple[Request, Delta | Exception]]
-"""Result of one token of every request; a request with an exception is finished."""
-
-
-@dataclass(frozen=True, slots=True)
-class _KVState:
-    """Keys and values of all tokens but the last of B requests, left-padded to T columns."""
-
-    past_key_values: DynamicCache
-    attention_mask: Tensor
-    """int64[B, T], 0 at padding."""
-    last_positions: Tensor
-    """int64[B], position id of the last token in the cache."""
-
-    def concatenate(self, other: _KVState) -> _KVState:
-        """Return a new state with the rows of `self`, then those of `other`.
-
-        The narrower state is padded on the left. Neither of both is modified.
-        """
-        width = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
-        layers = []
-        for a, b in zip(self.past_key_values.layers, other.past_key_values.layers, strict=True):
-            keys = _concatenate_left_padded(a.keys, b.keys, width)
-            layers.append((keys, _concatenate_left_padded(a.values, b.values, width)))
-        masks = [
-            F.pad(state.attention_mask, (width - state.attention_mask.shape[1], 0))
-            for state in (self, other)
-        ]
-        positions = torch.cat([self.last_positions, other.last_positions])
-        return _KVState(DynamicCache(layers), torch.cat(masks), positions)
-
-    def select_rows(self, rows: list[int]) -> _KVState | None:
-        """Return a new state of some rows, without leading columns that are padding in all of them.
-
-        Args:
-            rows: distinct indices in increasing order. For all rows `self` is returned, with all
-                its columns, and for none None.
-        """
-        if len(rows) == len(self.attention_mask):
-            return self
-        if not rows:
-            return None
-        index = torch.tensor(rows, device=self.attention_mask.device)
-        begin = int(self.attention_mask[index].argmax(1).min())
-        cache = DynamicCache(
-            (layer.keys[index, :, begin:], layer.values[index, :, begin:])
-            for layer in self.past_key_values.layers
-        )
-        return _KVState(cache, self.attention_mask[index, begin:], self.last_positions[index])
-
-
-def _concatenate_left_padded(first: Tensor, second: Tensor, width: int) -> Tensor:
-    """Concatenate [A, H, T, d] and [B, H, U, d] to [A + B, H, width, d], zeros on the left."""
-    padded = [F.pad(tensor, (0, 0, width - tensor.shape[2], 0)) for tensor in (first, second)]
-    return torch.cat(padded)
+StepOutputs = list[tuple[Request, Delta | SliceEnd | Exception]]
+"""Result of one token of every request. A request with an exception is finished, and one with the
+end of a slice pauses."""
 
 
 class ContinuousBatcher:
@@ -252,7 +255,9 @@ class ContinuousBatcher:
         self.backbone = backbone
         self.eos_token_ids = list(eos_token_ids)
         self.requests: list[Request] = []
-        self._kv_state: _KVState | None = None
+        self._kv_state: KVState | None = None
+        # Keys and values of the requests that pause, without padding.
+        self._paused: dict[Request, KVState] = {}
         self._suppressed_tokens = suppressed_tokens(backbone, eos_token_ids)
         self._logits_processors = LogitsProcessorList()
         config = backbone.model.generation_config
@@ -281,18 +286,74 @@ class ContinuousBatcher:
         mask = prefill_inputs.attention_mask
         positions = prefill_inputs.position_ids
         inputs = {**prefill_inputs.language_model_inputs, "position_ids": positions}
-        logits = self._forward(cache, mask, inputs)
+        hidden, logits = self._forward(cache, mask, inputs)
         for request, num_tokens in zip(requests, mask.sum(1).tolist(), strict=True):
             request.prompt_tokens = num_tokens
-        outputs = self._sample_tokens(requests, logits)
-        axes = (0, 2) if positions.ndim == 3 else 1  # the largest of three axes
-        running = [i for i, request in enumerate(requests) if not request.is_finished]
-        state = _KVState(cache, mask, positions.amax(axes)).select_rows(running)
-        if state is not None:
-            old_state = self._kv_state
-            self._kv_state = state if old_state is None else old_state.concatenate(state)
-            self.requests = [*self.requests, *(requests[i] for i in running)]
+        outputs = self._sample_tokens(requests, hidden, logits)
+        self._join(requests, KVState(cache, mask, _last_positions(positions)), outputs)
         return outputs
+
+    @torch.no_grad()
+    def resume(self, request: Request) -> StepOutputs:
+        """Append the token that a paused request has sampled, without a forward pass.
+
+        The request joins the batch again unless the token finishes it. Its output is a delta.
+        """
+        state = self._paused.pop(request)
+        outputs: StepOutputs = [(request, request.append_next_token())]
+        self._join([request], state, outputs)
+        return outputs
+
+    @torch.no_grad()
+    def extend(self, request: Request, inputs: PrefillInputs) -> StepOutputs:
+        """Read further tokens after those of a paused request, and return its next output.
+
+        The token that it has sampled is dropped, and the next one follows from what was read. An
+        exception propagates, and the request is then no longer known.
+
+        Args:
+            request: a paused request.
+            inputs: one row of further tokens with positions from 0, made with
+                `num_past=count_cached_tokens(request)`.
+        """
+        state = self._paused.pop(request)
+        request.drop_next_token()
+        mask = torch.cat([state.attention_mask, inputs.attention_mask], 1)
+        positions = inputs.position_ids + state.last_positions + 1
+        cache = state.past_key_values
+        lm_inputs = {**inputs.language_model_inputs, "position_ids": positions}
+        hidden, logits = self._forward(cache, mask, lm_inputs)
+        outputs = self._sample_tokens([request], hidden, logits)
+        self._join([request], KVState(cache, mask, _last_positions(positions)), outputs)
+        return outputs
+
+    def count_cached_tokens(self, request: Request) -> int:
+        """Return the number of tokens that a paused request has read, those of images included."""
+        return self._paused[request].attention_mask.shape[1]
+
+    def _join(self, requests: Sequence[Request], state: KVState, outputs: StepOutputs) -> None:
+        """Add requests that go on to the batch, and keep those that pause outside of it.
+
+        `state` has one row for each of the requests, and `outputs` the output of each.
+        """
+        running = self._set_aside(requests, state, outputs)
+        selected = state.select_rows(running)
+        if selected is not None:
+            old_state = self._kv_state
+            self._kv_state = selected if old_state is None else old_state.concatenate(selected)
+            self.requests = [*self.requests, *(requests[i] for i in running)]
+
+    def _set_aside(
+        self, requests: Sequence[Request], state: KVState, outputs: StepOutputs
+    ) -> list[int]:
+        """Keep the keys and values of requests that pause; return the rows of those that go on."""
+        running = []
+        for i, (request, (_, output)) in enumerate(zip(requests, outputs, strict=True)):
+            if isinstance(output, SliceEnd):
+                self._paused[request] = state.copy_rows([i])
+            elif not request.is_finished:
+                running.append(i)
+        return running
 
     @torch.no_grad()
     def step(self) -> StepOutputs:
@@ -318,21 +379,29 @@ class ContinuousBatcher:
             "position_ids": positions[:, None],
             **self.backbone.per_layer_inputs(token_ids),
         }
-        logits = self._forward(cache, mask, inputs)
-        self._kv_state = _KVState(cache, mask, positions)
-        outputs = self._sample_tokens(self.requests, logits)
-        self._remove_finished()
+        hidden, logits = self._forward(cache, mask, inputs)
+        state = KVState(cache, mask, positions)
+        outputs = self._sample_tokens(self.requests, hidden, logits)
+        running = self._set_aside(self.requests, state, outputs)
+        self._kv_state = state.select_rows(running)
+        self.requests = [self.requests[i] for i in running]
         return outputs
 
     def _remove_finished(self) -> None:
-        """Drop finished requests from `requests`, and their keys and values."""
+        """Drop finished requests, and their keys and values."""
+        for request in [request for request in self._paused if request.is_finished]:
+            del self._paused[request]
         running = [i for i, request in enumerate(self.requests) if not request.is_finished]
         if self._kv_state is not None:
             self._kv_state = self._kv_state.select_rows(running)
         self.requests = [self.requests[i] for i in running]
 
-    def _forward(self, cache: DynamicCache, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Run the language model and return the logits float[B, V] of the last column.
+    def _forward(
+        self, cache: DynamicCache, mask: Tensor, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Run the language model; return hidden states float[B, T, D] and logits float[B, V].
+
+        The hidden states are those of the new columns, and the logits those of the last of them.
 
         Appends keys and values to `cache`, in place. The backbone is in evaluation mode meanwhile;
         disabling gradients is left to the caller.
@@ -344,14 +413,18 @@ class ContinuousBatcher:
         with eval_mode(self.backbone):
             inputs = {"attention_mask": mask, **inputs}  # a prompt may bring masks of its own
             outputs = self.backbone.language_model(**inputs, past_key_values=cache, use_cache=True)
-            return self.backbone.compute_logits(outputs.last_hidden_state[:, -1])
+            hidden = outputs.last_hidden_state
+            return hidden, self.backbone.compute_logits(hidden[:, -1])
 
-    def _sample_tokens(self, requests: Sequence[Request], logits: Tensor) -> StepOutputs:
-        """Sample and append the next token of every request from logits float[B, V].
+    def _sample_tokens(
+        self, requests: Sequence[Request], hidden: Tensor, logits: Tensor
+    ) -> StepOutputs:
+        """Sample and append the next token of every request from the results of `_forward`.
 
-        Returns one output per request, in order. An exception while one is sampled becomes its
-        output and finishes it without a token, and so does a ModelError if its largest logit is
-        not finite; the others go on. `logits` is not modified.
+        Returns one output per request, in order: the end of a slice where the request pauses. An
+        exception while one is sampled becomes its output and finishes it without a token, and so
+        does a ModelError if its largest logit is not finite; the others go on. `logits` is not
+        modified.
         """
         scores = logits.float()
         is_finite = scores.amax(1).isfinite()
@@ -372,14 +445,22 @@ class ContinuousBatcher:
                     fix="Its weights or its precision are broken",
                 )
         outputs: StepOutputs = []
-        for request, token_id in zip(requests, torch.cat(sampled).tolist(), strict=True):
+        token_ids = torch.cat(sampled).tolist()
+        for request, token_id, states in zip(requests, token_ids, hidden, strict=True):
             if request in errors:
                 request.is_finished = True
                 outputs.append((request, errors[request]))
                 continue
+            state = _read_state(states, request.read_span)  # [D]
+            request.read_span = (1, 0)
+            if not request.generates:
+                outputs.append((request, SliceEnd(state)))
+                continue
             is_end = token_id in self.eos_token_ids
-            tokenizer = self.backbone.tokenizer
-            outputs.append((request, request.append_token(token_id, tokenizer, is_end=is_end)))
+            output = request.add_sampled_token(
+                token_id, self.backbone.tokenizer, is_end=is_end, state=state
+            )
+            outputs.append((request, output))
         return outputs
 
     def _sample_token(self, request: Request, scores: Tensor) -> Tensor:
@@ -399,74 +480,16 @@ class ContinuousBatcher:
         return request.sample_token(self._logits_processors(token_ids, scores))
 
 
-def _run_to_end(
-    backbone: Backbone, prefill_inputs: PrefillInputs, requests: Sequence[Request]
-) -> Iterator[tuple[Request, Delta]]:
-    """Yield the deltas of all requests, step by step, until all are finished.
-
-    The first exception of any request is raised, which abandons the others: ModelError if its
-    logits are not finite. ValueError for another number of requests than of prompts.
-    """
-    batcher = ContinuousBatcher(backbone, prefill_inputs.eos_token_ids)
-    outputs = batcher.add_requests(prefill_inputs, requests)
-    while outputs:
-        for request, delta in outputs:
-            if isinstance(delta, Exception):
-                raise delta
-            yield request, delta
-        outputs = batcher.step()
+def _last_positions(position_ids: Tensor) -> Tensor:
+    """Return int64[B], the largest position id of every row of int64[B, T] or int64[3, B, T]."""
+    return position_ids.amax((0, 2) if position_ids.ndim == 3 else 1)
 
 
-def stream_text(
-    backbone: Backbone,
-    prefill_inputs: PrefillInputs,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-) -> Iterator[str]:
-    """Yield the continuation of a single prompt in non-empty pieces, without leading white space.
-
-    Nothing runs, and nothing is raised, before the first piece is requested.
-
-    Args:
-        temperature: below `MIN_SAMPLING_TEMPERATURE` greedy; else tokens are sampled from torch's
-            global generator.
-
-    Raises:
-        ModelError: the model gave logits that are not finite.
-        ValueError: `max_new_tokens` is less than 1, or there are several prompts.
-    """
-    request = Request(max_new_tokens, sampling_params=SamplingParams(temperature))
-    for _, delta in _run_to_end(backbone, prefill_inputs, [request]):
-        if delta.text:
-            yield delta.text
-
-
-def generate_with_finish_reason(
-    backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int
-) -> list[tuple[str, str]]:
-    """Continue every prompt greedily and return (text, finish reason) of each, in order.
-
-    Text has no leading or trailing whitespace. The finish reason is `stop` if the model ended the
-    text and `length` if `max_new_tokens` did. The backbone's mode is restored.
-
-    Raises:
-        ModelError: the model gave logits that are not finite for any prompt.
-        ValueError: `max_new_tokens` is less than 1.
-    """
-    num_prompts = len(prefill_inputs.attention_mask)
-    requests = [Request(max_new_tokens) for _ in range(num_prompts)]
-    texts = dict.fromkeys(requests, "")
-    finish_reasons = dict.fromkeys(requests, "")
-    for request, delta in _run_to_end(backbone, prefill_inputs, requests):
-        texts[request] += delta.text
-        finish_reasons[request] = delta.finish_reason or ""
-    return [(texts[request].strip(), finish_reasons[request]) for request in requests]
-
-
-def generate_texts(
-    backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int
-) -> list[str]:
-    """Return the texts of `generate_with_finish_reason`; raises as it does."""
-    results = generate_with_finish_reason(backbone, prefill_inputs, max_new_tokens)
-    return [text for text, _ in results]
+def _read_state(states: Tensor, read_span: tuple[int, int]) -> Tensor:
+    """Return the mean float[D] of states float[T, D] in a `Request.read_span`."""
+    first, last = read_span
+    length = len(states)
+    if first - last == 1:
+        return states[length - first]
+    # A mean in half precision would lose digits.
+    return states[length - first : length - last].float().mean(0)

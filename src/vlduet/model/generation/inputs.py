@@ -32,16 +32,19 @@ class PrefillInputs:
 
 
 @torch.no_grad()
-def build_prefill_inputs(model: DuetModel, sequences: list[TokenSequence]) -> PrefillInputs:
+def build_prefill_inputs(
+    model: DuetModel, sequences: list[TokenSequence], *, num_past: int = 0
+) -> PrefillInputs:
     """Collate sequences whose end is to be continued into one left-padded batch, B = their number.
 
-    Images run through the vision tower and the projector here, without gradients. Raises ModelError
-    as `require_lm_head`.
+    Images run through the vision tower and the projector here, without gradients. `num_past` is the
+    number of tokens in a key-value cache that the sequences follow. Raises ModelError as
+    `require_lm_head`.
     """
     require_lm_head(model.backbone)
     batch = model.collate(sequences, padding_side="left")
     return PrefillInputs(
-        language_model_inputs=model.language_model_inputs(batch),
+        language_model_inputs=model.language_model_inputs(batch, num_past=num_past),
         attention_mask=(batch.segment_ids > 0).long(),
         position_ids=batch.position_ids,
         eos_token_ids=model.renderer.eos_token_ids,

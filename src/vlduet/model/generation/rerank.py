@@ -10,8 +10,8 @@ import numpy as np
 
 from vlduet.model.backbone import Backbone
 from vlduet.model.generation.beam import beam_search
-from vlduet.model.generation.continuous import generate_texts
 from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs
+from vlduet.model.generation.offline import generate_texts
 from vlduet.model.limits import log_first_truncation
 
 if TYPE_CHECKING:

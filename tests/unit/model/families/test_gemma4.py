@@ -28,7 +28,8 @@ from vlduet.data import images
 from vlduet.errors import ModelError
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
-from vlduet.model.generation.continuous import ContinuousBatcher, Request, generate_texts
+from vlduet.model.generation.continuous import ContinuousBatcher, Request
+from vlduet.model.generation.offline import generate_texts
 
 
 @pytest.fixture(params=["gemma4", "gemma4_large"])

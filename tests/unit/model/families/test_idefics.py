@@ -31,7 +31,7 @@ from vlduet.inspect import internals
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
-from vlduet.model.generation.continuous import generate_texts
+from vlduet.model.generation.offline import generate_texts
 
 
 @pytest.fixture(params=["smolvlm", "idefics3"])

@@ -30,7 +30,7 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef, Message
 from vlduet.errors import ModelError
 from vlduet.model.duet import DuetModel
-from vlduet.model.generation.continuous import generate_texts
+from vlduet.model.generation.offline import generate_texts
 
 
 @pytest.fixture(params=["llava_next", "llava_onevision"])

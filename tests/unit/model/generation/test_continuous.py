@@ -15,17 +15,16 @@ from helpers import tiny
 from vlduet.data.records import Message
 from vlduet.data.sequences import IGNORE_INDEX, Sequence
 from vlduet.errors import ModelError
-from vlduet.model.generation import continuous
+from vlduet.model.generation import kv_state
 from vlduet.model.generation.beam import generate_arguments
 from vlduet.model.generation.continuous import (
     ContinuousBatcher,
     Delta,
     Request,
     SamplingParams,
-    generate_texts,
-    generate_with_finish_reason,
 )
 from vlduet.model.generation.inputs import suppressed_tokens
+from vlduet.model.generation.offline import generate_texts, generate_with_finish_reason
 
 FAMILIES = sorted(tiny.FAMILY_BUILDERS)
 WIDE = tiny.random_image(0, 16, width=48)
@@ -311,7 +310,7 @@ def test_failed_prefill_leaves_running_requests_unchanged(model, monkeypatch, fa
     prefill_inputs = model.prefill_inputs([render(model, PROMPTS[3])])
     target = {
         "forward": (model.backbone.lm_head, "forward"),
-        "concatenation": (continuous, "_concatenate_left_padded"),
+        "concatenation": (kv_state, "_concatenate_left_padded"),
     }
     with monkeypatch.context() as patched:
         patched.setattr(*target[failing_step], run_out_of_memory)
