@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from vlduet import __version__
 from vlduet.cli import (
+    chat,
     classification,
     config,
     data,
@@ -77,6 +78,7 @@ app.command(cls=retrieval.IndexCommand)(indexing.index)
 app.command(cls=QueryCommand)(retrieval.search)
 app.command(cls=QueryCommand)(retrieval.ask)
 for command in (
+    chat.chat,
     indexing.encode,
     classification.classify,
     evaluation.score,
