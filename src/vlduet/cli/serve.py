@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import webbrowser
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 INDEX = "An index of this model; enables search and retrieval."
 HOST = "Address to listen at; 0.0.0.0 for all addresses of this machine."
 KEYS = "File of API keys, one per line; only requests with one of them are answered."
+OPEN = "Open the web page in the system's browser once the model is loaded."
 STRICT = "Refuse requests with fields that this server does not know."
 ALLOW_IMAGE_HOST = "A host whose images may be named by URL, HOST or HOST:PORT; repeatable."
 ALLOW_HOST = "A further name under which clients reach the server, such as a proxy's; repeatable."
@@ -42,10 +44,12 @@ def serve(
         list[str] | None, typer.Option(metavar="HOST", help=ALLOW_IMAGE_HOST)
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help=STRICT)] = False,
+    open_page: Annotated[bool, typer.Option("--open", help=OPEN)] = False,
 ) -> None:
-    """Chat, embed and search with one copy of a model, over HTTP in OpenAI's format.
+    """Chat, embed and search with one copy of a model, over HTTP and on a web page.
 
-    The model is named like its folder. /readyz tells when it is loaded. Ctrl-C or SIGTERM ends the
+    The page is at the printed address, the API in OpenAI's format below it at /v1. The model is
+    named like its folder. /readyz tells when it is loaded. Ctrl-C or SIGTERM ends the
     server with status 0 once running answers have ended, or after 5 seconds; a second one at once.
     On the default host, only requests to this machine's local names and those of --allow-host are
     answered; any other host without --keys gives a warning. An address that is taken, an unusable
@@ -61,16 +65,18 @@ def serve(
     name = model.resolve().name
     load = partial(_load_app, model, index, name=name, strict=strict, image_hosts=image_hosts)
     url_host = f"[{host}]" if ":" in host else host
-    url = f"http://{url_host}:{listening_socket.getsockname()[1]}/v1"
+    url = f"http://{url_host}:{listening_socket.getsockname()[1]}/"
     if rules.api_keys is None and host not in LOOPBACK_HOSTS:
         logger.warning(f"everyone who reaches {host} is served: give --keys, or use a firewall")
     server = build_server(Backend(), rules=rules)
-    has_ended = run_server(
-        server,
-        load,
-        listening_socket,
-        on_ready=lambda: logger.info(f"{name} answers and embeds at {url} (Ctrl-C ends it)"),
-    )
+
+    def announce() -> None:
+        logger.info(f"{name} answers and embeds at {url}v1 (Ctrl-C ends it)")
+        logger.info(f"web page: {url}")
+        if open_page and not webbrowser.open(url):
+            logger.warning(f"no browser can be started here: open {url} in one")
+
+    has_ended = run_server(server, load, listening_socket, on_ready=announce)
     if not has_ended:
         # A thread that computes is not waited for, and must not meet an interpreter that ends.
         logging.shutdown()

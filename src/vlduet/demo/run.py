@@ -236,11 +236,12 @@ def describe_environment(model: DuetModel, seed: int) -> dict[str, str]:
 
 
 def suggest_commands(to: Path) -> tuple[str, ...]:
-    """Return three commands that use the demo's index and model, for the user to try."""
+    """Return four commands that use the demo's index and model; the last opens the web page."""
     return (
         f'vlduet search {to}/index "something to eat"',
         f'vlduet ask {to}/index "What can fly?"',
         f"vlduet index {to}/model ~/Pictures --to my-index",
+        f"vlduet serve {to}/model --index {to}/index --open",
     )
 
 
@@ -249,4 +250,5 @@ def log_results(to: Path, report: Report) -> None:
     lines = "\n".join(format_demo_changes(report.changes))
     commands = "\n".join(f"  {command}" for command in report.next_commands)
     logger.info(lines)
-    logger.info(f"report: {to / 'report.html'}\nTry next:\n{commands}")
+    try_next = f"Try next (the last one opens a web page):\n{commands}"
+    logger.info(f"report: {to / 'report.html'}\n{try_next}")

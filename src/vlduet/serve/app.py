@@ -1,6 +1,7 @@
 """HTTP application: requests become work for the one worker, and its results become responses.
 
-Each endpoint is a file in `routes`. /openapi.json describes all of them, and /docs shows them.
+Each endpoint is a file in `routes`. /openapi.json describes all of them, and /docs shows them. The
+web page at / is in `page`.
 `server` adds what a network needs: limits of bodies and connections, keys, host names, metrics.
 """
 
@@ -20,11 +21,21 @@ from vlduet.serve.asgi import error_content
 from vlduet.serve.content import UrlLoader
 from vlduet.serve.openapi import ERROR_RESPONSES, PAGE_HEADERS, TITLE, make_document, render_page
 from vlduet.serve.resources import Resources
-from vlduet.serve.routes import chat, classify, embeddings, images, models, rerank, search
+from vlduet.serve.routes import (
+    chat,
+    classify,
+    embeddings,
+    images,
+    index,
+    models,
+    page,
+    rerank,
+    search,
+)
 from vlduet.serve.validation import describe_mistake
 from vlduet.serve.worker import ServerBusyError, Worker
 
-ROUTES = (models, embeddings, chat, search, rerank, classify, images)
+ROUTES = (models, embeddings, chat, search, rerank, classify, index, images, page)
 """Files of the endpoints, in the order of the documentation."""
 ROUTER_ERRORS = {
     (404, "Not Found"): "There is no such path. /docs shows those that exist",

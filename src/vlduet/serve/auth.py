@@ -21,9 +21,11 @@ from vlduet.serve.asgi import (
     find_headers,
     send_response,
 )
+from vlduet.serve.page_files import PAGE_FILES
 
-PUBLIC_PATHS = ("/health", "/livez", "/readyz")
-"""Paths that need no key: they reveal nothing, and probes request them without one."""
+PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz", *PAGE_FILES})
+"""Paths that need no key: they reveal nothing. Probes request them without one, and so does a
+browser that opens the web page, which asks for the key."""
 
 
 def read_api_keys(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from helpers import tiny
 from helpers.processes import run_process, start_process
+from helpers.serving import becomes_true
 from vlduet.cli.serve import serve
 from vlduet.errors import ConfigError, VLDuetError
 
@@ -35,8 +37,12 @@ def test_command_serves_with_keys_and_ends_on_interrupt(tmp_path):
         port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-m", "vlduet.cli.main", "serve", tmp_path / "small"]
     command += ["--keys", tmp_path / "keys", "--allow-host", "photos.example.org"]
-    command += ["--port", str(port)]
-    with start_process(command, stderr=subprocess.PIPE, text=True) as process:
+    command += ["--port", str(port), "--open"]
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    environment = os.environ | {"BROWSER": f"{browser} %s"}
+    with start_process(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             while not is_listening(port):
                 assert process.poll() is None
@@ -47,6 +53,8 @@ def test_command_serves_with_keys_and_ends_on_interrupt(tmp_path):
             assert process.stderr is not None
             next(line for line in process.stderr if "answers and embeds at" in line)
             assert request(port, "/readyz")[0] == 200
+            page = f"http://127.0.0.1:{port}/\n"
+            assert becomes_true(lambda: opened.exists() and opened.read_text() == page)
             second = run_process(command)
             assert second.returncode == 1
             assert "Address already in use. Choose another --port" in second.stderr

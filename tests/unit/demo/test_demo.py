@@ -152,7 +152,7 @@ def test_steps_are_numbered_and_timed(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_suggested_commands_exist() -> None:
     commands = run.suggest_commands(Path("runs/demo"))
-    assert [command.split()[1] for command in commands] == ["search", "ask", "index"]
+    assert [command.split()[1] for command in commands] == ["search", "ask", "index", "serve"]
     assert all("runs/demo" in command for command in commands)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from vlduet.retrieval.filter_values import FilterValue
+from vlduet.retrieval.filter_values import FilterValue, Scalar
 from vlduet.retrieval.filters import Condition
 
 SCORE_TOLERANCE = 1e-5
@@ -82,6 +82,12 @@ class VectorStore(Protocol):
 
     def read_rows(self, ids: Sequence[str]) -> list[IndexRow]:
         """Return the rows of ids, in any order, without those of unknown ids."""
+
+    def read_distinct_values(self, key: str, kind: str, *, limit: int) -> list[Scalar] | None:
+        """Return the sorted values of one kind of a metadata key; None for more than `limit`.
+
+        Those of the kind of a list are its items. [] for a key or a kind that no row has.
+        """
 
     def search(
         self,

@@ -24,7 +24,7 @@ import pyarrow as pa
 from vlduet.errors import RetrievalError
 from vlduet.files import fsync_paths
 from vlduet.library_errors import translate_library_errors
-from vlduet.retrieval.filter_values import column_values
+from vlduet.retrieval.filter_values import Scalar, column_values
 from vlduet.retrieval.filters import Condition
 from vlduet.retrieval.stores.base import (
     MIN_ROWS_FOR_APPROXIMATE_SEARCH,
@@ -267,6 +267,25 @@ class LanceStore:
         with self._translate_errors():
             columns = request.to_arrow().to_pylist()
         return list(map(_parse_row, columns))
+
+    def read_distinct_values(self, key: str, kind: str, *, limit: int) -> list[Scalar] | None:
+        """Return the sorted values of one kind of a metadata key; None for more than `limit`.
+
+        Those of the kind of a list are its items. [] for a key or a kind that no row has.
+        """
+        column = filter_column(key, kind)
+        if column not in self._table.schema.names:
+            return []
+        values: set[Scalar] = set()
+        with self._translate_errors():
+            request = self._table.search().where(f"{column} IS NOT NULL").select([column])
+            for batch in request.to_batches():
+                array = batch.column(0)
+                items = array.flatten() if isinstance(array, pa.ListArray) else array
+                values.update(items.unique().to_pylist())
+                if len(values) > limit:
+                    return None
+        return sorted(values)
 
     def search(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from vlduet.errors import DataError
 from vlduet.serve.resources import Resources
 
 
@@ -16,6 +17,13 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
+class ModelCapabilities(BaseModel):
+    """Endpoints that work with the model and the index of this server."""
+
+    chat: bool = Field(description="Whether the model generates: POST /v1/chat/completions.")
+    search: bool = Field(description="Whether an index is served: POST /v1/search.")
+
+
 class ModelObject(BaseModel):
     """Model in OpenAI's format."""
 
@@ -23,6 +31,7 @@ class ModelObject(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    capabilities: ModelCapabilities
 
 
 class ModelList(BaseModel):
@@ -35,8 +44,9 @@ class ModelList(BaseModel):
 def make_router(resources: Resources) -> APIRouter:
     """Return the routes of this file."""
     router = APIRouter(tags=["Models"])
+    capabilities = {"chat": resources.worker.can_generate, "search": _has_index(resources)}
     model = {"id": resources.name, "object": "model", "created": resources.created}
-    model["owned_by"] = "vlduet"
+    model |= {"owned_by": "vlduet", "capabilities": capabilities}
 
     @router.get("/health", response_model=Health)
     async def get_health() -> dict[str, Any]:
@@ -55,3 +65,12 @@ def make_router(resources: Resources) -> APIRouter:
         return model
 
     return router
+
+
+def _has_index(resources: Resources) -> bool:
+    """Return whether the server has an index."""
+    try:
+        resources.require_index()
+    except DataError:
+        return False
+    return True
