@@ -22,6 +22,7 @@ from vlduet.cli import (
     evaluation,
     indexing,
     inspect,
+    interleave,
     model,
     retrieval,
     serve,
