@@ -79,6 +79,7 @@ app.command(cls=retrieval.IndexCommand)(indexing.index)
 app.command(cls=QueryCommand)(retrieval.search)
 app.command(cls=QueryCommand)(retrieval.ask)
 for command in (
+    interleave.interleave,
     chat.chat,
     indexing.encode,
     classification.classify,
