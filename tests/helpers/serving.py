@@ -15,8 +15,9 @@ from typing import Any
 from vlduet.data.records import Message, Part
 from vlduet.model.generation.continuous import Delta
 from vlduet.serve.app import Service
-from vlduet.serve.scheduler import ChatRequest
+from vlduet.serve.chats import ChatOutput, ChatRequest
 from vlduet.serve.server import AccessRules, build_server
+from vlduet.serve.streaming import is_last
 from vlduet.serve.worker import Worker
 
 
@@ -37,16 +38,16 @@ class OutputRecorder:
     """Queue of everything that is delivered to one chat."""
 
     def __init__(self) -> None:
-        self.outputs: queue.Queue[Delta | Exception] = queue.Queue()
+        self.outputs: queue.Queue[ChatOutput | Exception] = queue.Queue()
 
-    def read_all(self) -> list[Delta | Exception]:
+    def read_all(self) -> list[ChatOutput | Exception]:
         """Wait for the end of the chat and return its outputs; an error is the last one."""
         outputs = []
         is_finished = False
         while not is_finished:
             output = self.outputs.get(timeout=60)
             outputs.append(output)
-            is_finished = not isinstance(output, Delta) or output.finish_reason is not None
+            is_finished = isinstance(output, Exception) or is_last(output)
         return outputs
 
     def read_deltas(self) -> list[Delta]:
@@ -55,7 +56,8 @@ class OutputRecorder:
         for output in self.read_all():
             if isinstance(output, Exception):
                 raise output
-            deltas.append(output)
+            if isinstance(output, Delta):
+                deltas.append(output)
         return deltas
 
     def read_text(self) -> str:

@@ -1,13 +1,13 @@
 """Contents of requests: a text, or a list of OpenAI's content parts, which become our parts.
 
 Pydantic checks the form by a discriminated union over `type`; `to_parts` checks the values. An
-image is a data: URL. It is referred to by its bytes and not decoded here.
+image is a data: URL, or another URL that the caller's function reads. It is not decoded here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,8 +29,8 @@ MIN_BASE64_CHARS = 64
 """Length from which a text that begins like an image in base64 is taken for one."""
 
 UrlLoader = Callable[[str, str], ImageRef]
-"""Function that returns the image of an http(s) URL at a place of a request; may raise DataError.
-It runs in a thread of its own, so that it may block."""
+"""Function that returns the image of a URL, other than data:, at a place of a request; may raise
+DataError. It runs in a thread of its own, so that it may block."""
 
 DATA_URL = re.compile(r"\s*data:(image/|[^,\s]{0,100};base64,)", re.IGNORECASE)
 """Beginning of a text that is the data: URL of an image."""
@@ -56,7 +56,10 @@ class TextPart(ContentModel):
 class ImageUrl(ContentModel):
     """Address of an image."""
 
-    url: str = Field(description="data: URL of an image, as in data:image/png;base64,...")
+    url: str = Field(
+        description="data: URL of an image, as in data:image/png;base64,..., or /v1/images/ID for "
+        "one of the index."
+    )
     detail: Literal["auto", "low", "high"] | None = Field(None, description="Has no effect.")
 
 
@@ -91,6 +94,9 @@ class ImagePart(ContentModel):
         Annotated[str, Tag("text")] | Annotated[ImageUrl, Tag("object")],
         make_discriminator("is not an image's URL", f"Send the part {IMAGE_PART_EXAMPLE}"),
     ]
+    hit: dict[str, Any] | None = Field(
+        None, description="Hit of an image that an answer contained. Has no effect."
+    )
 
     @property
     def url(self) -> str:
@@ -112,24 +118,27 @@ OptionalContent = Annotated[
 """A text, or a list of content parts, which may be empty."""
 
 
-def to_parts(content: str | list[Any], place: str, load_url: UrlLoader | None = None) -> Parts:
+def to_parts(
+    content: str | list[Any], place: str, load_url: UrlLoader, *, left_out: Collection[int] = ()
+) -> Parts:
     """Return a content, the value at `place` of a body, as parts.
 
     Args:
         content: a text or a list of `ContentPart`.
         place: path of the value for messages.
-        load_url: function for images at http(s) URLs; None refuses them.
+        load_url: function for images at other URLs than data:.
+        left_out: positions of content parts that are left out.
 
     Raises:
         DataError: a blank or too long text, one that is an image (see `check_text`), more images
-            than `MAX_IMAGES`, or an image that is not a valid data: URL: a path would name a file
-            of the server.
+            than `MAX_IMAGES`, a broken data: URL, or as `load_url`.
     """
     if isinstance(content, str):
         return (check_text(content, place),)
-    num_images = sum(isinstance(part, ImagePart) for part in content)
-    check_size(len(content), num_images, place)
-    return tuple(_to_part(part, f"{place}[{i}]", load_url) for i, part in enumerate(content))
+    kept = [(i, part) for i, part in enumerate(content) if i not in left_out]
+    num_images = sum(isinstance(part, ImagePart) for _, part in kept)
+    check_size(len(kept), num_images, place)
+    return tuple(_to_part(part, f"{place}[{i}]", load_url) for i, part in kept)
 
 
 def check_size(num_parts: int, num_images: int, place: str) -> None:
@@ -165,22 +174,19 @@ def check_text(text: str, place: str) -> str:
     return JsonValue(text, Place(place), Path()).parse_text()
 
 
-def load_image(url: str, place: str, load_url: UrlLoader | None = None) -> ImageRef:
-    """Return the image of a data: URL, or through `load_url` of an http(s) URL, undecoded.
+def load_image(url: str, place: str, load_url: UrlLoader) -> ImageRef:
+    """Return the image of a data: URL, or through `load_url` of another URL, undecoded.
 
     Raises:
-        DataError: another URL, broken base64, or as `load_url`.
+        DataError: broken base64, or as `load_url`.
     """
-    if load_url is not None and re.match("https?://", url, re.IGNORECASE):
-        return load_url(url, place)
     if url[:5].lower() != "data:":
-        fix = "Send data:image/png;base64,..."
-        raise DataError("an image that is not a data: URL", place=place, fix=fix)
+        return load_url(url, place)
     header, comma, body = url.partition(",")
     return JsonValue(header.lower() + comma + body, Place(place), Path()).parse_image()
 
 
-def _to_part(part: TextPart | ImagePart, place: str, load_url: UrlLoader | None) -> Part:
+def _to_part(part: TextPart | ImagePart, place: str, load_url: UrlLoader) -> Part:
     """Return one content part as a text or an image; raises as `to_parts`."""
     if isinstance(part, TextPart):
         return check_text(part.text, f"{place}.text")

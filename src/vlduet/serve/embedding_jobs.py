@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlduet.data.batches import PACKED_ROW_TOKENS
-from vlduet.data.records import Part, Parts, as_parts, extract_images
 from vlduet.errors import DataError, ModelError
-from vlduet.serve.preparation import PreparedContent
+from vlduet.model.embedding import Embeddable
+from vlduet.serve.preparation import PreparedContent, list_images
 
 MAX_PREPARED_OF_JOB = 16
 """Number of prepared items that one request may have; bounds the decoded images in memory."""
@@ -43,7 +43,7 @@ class EmbeddingResult:
 class EmbeddingJob:
     """Items of one embedding request, which may be embedded over several turns."""
 
-    items: Sequence[Part | Parts]
+    items: Sequence[Embeddable]
     is_query: bool
     truncate: bool
     future: Future[EmbeddingResult] = field(default_factory=Future)
@@ -251,4 +251,4 @@ def _can_prepare(job: EmbeddingJob, texts_only: bool) -> bool:
         return False
     if job.num_unfinished >= MAX_PREPARED_OF_JOB:
         return False
-    return not (texts_only and extract_images(as_parts(job.items[job.num_started])))
+    return not (texts_only and list_images(job.items[job.num_started]))

@@ -81,9 +81,7 @@ INPUTS_DESCRIPTION = (
 )
 
 
-def parse_inputs(
-    values: str | list[Any], load_url: UrlLoader | None
-) -> tuple[list[Parts], list[str]]:
+def parse_inputs(values: str | list[Any], load_url: UrlLoader) -> tuple[list[Parts], list[str]]:
     """Return the contents of `Inputs` and the path of each; a text alone is one content.
 
     Raises DataError for a content that cannot be embedded (see `parse_embeddable`).
@@ -97,7 +95,7 @@ def parse_inputs(
     return items, places
 
 
-def parse_embeddable(value: Any, place: str, load_url: UrlLoader | None = None) -> Parts:
+def parse_embeddable(value: Any, place: str, load_url: UrlLoader) -> Parts:
     """Return an `Embeddable`, the value at `place` of a body, as parts.
 
     A text that is the data: URL of an image is the image. An object with both has the image first.

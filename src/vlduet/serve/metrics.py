@@ -103,6 +103,7 @@ class _WorkerCollector(Collector):
         )
         for name, text, value in (
             ("generated_tokens", "Tokens of answers.", now.generated_tokens),
+            ("retrieved_images", "Images of the index in answers.", now.retrieved_images),
             ("embedded_items", "Texts and images that were embedded.", now.embedded_items),
             (
                 "refused_requests",

@@ -8,15 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
-from vlduet.data.records import Part, Parts, as_parts, extract_images
+from vlduet.data.records import ImageRef, Part, Parts, as_parts, extract_images
 from vlduet.data.sequences import PreparedImage
 from vlduet.encoders.dual import DualEncoder
 from vlduet.model import embedding
+from vlduet.model.conversation import is_conversation
 from vlduet.model.duet import DuetModel
+from vlduet.model.embedding import Embeddable
 from vlduet.model.limits import accept_truncation, too_long_error
 
 
@@ -34,10 +36,17 @@ class PreparedContent:
     """Whether a text of it was cut."""
 
 
+def list_images(item: Embeddable) -> tuple[ImageRef, ...]:
+    """Return the images of a content to embed, in order."""
+    if is_conversation(item):
+        return extract_images(part for message in item for part in message.parts)
+    return extract_images(as_parts(cast("Part | Parts", item)))
+
+
 class ContentEncoder(Protocol):
     """Model that embeds in two steps: `prepare` in any thread, `embed` in the model's."""
 
-    def prepare(self, item: Part | Parts, *, is_query: bool, truncate: bool) -> PreparedContent:
+    def prepare(self, item: Embeddable, *, is_query: bool, truncate: bool) -> PreparedContent:
         """Return a content ready to embed.
 
         Raises:
@@ -66,11 +75,9 @@ class DuetEncoder:
         # each holds this.
         self.render_lock = threading.Lock()
 
-    def prepare(self, item: Part | Parts, *, is_query: bool, truncate: bool) -> PreparedContent:
+    def prepare(self, item: Embeddable, *, is_query: bool, truncate: bool) -> PreparedContent:
         """Return the sequence of a content; raises as `ContentEncoder.prepare`."""
-        images = {
-            image: self.model.prepare_image(image) for image in extract_images(as_parts(item))
-        }
+        images = {image: self.model.prepare_image(image) for image in list_images(item)}
         renderer = self.model.renderer.with_options(prepare_image=images.__getitem__)
         with self.render_lock:
             sequence = embedding.render(renderer, item, is_query=is_query, truncate=truncate)
@@ -96,10 +103,13 @@ class TowerEncoder:
         self.model = model
         self._count_lock = threading.Lock()
 
-    def prepare(self, item: Part | Parts, *, is_query: bool, truncate: bool) -> PreparedContent:
-        """Return a content whose length was checked; raises as `ContentEncoder.prepare`."""
+    def prepare(self, item: Embeddable, *, is_query: bool, truncate: bool) -> PreparedContent:
+        """Return a content whose length was checked; raises as `ContentEncoder.prepare`.
+
+        Conversations are refused before: only models that chat get them.
+        """
         with self._count_lock:
-            (num_tokens,) = self.model.count_tokens([item])
+            (num_tokens,) = self.model.count_tokens([cast("Part | Parts", item)])
         limit = self.model.max_text_tokens
         if num_tokens > limit and not truncate:
             raise too_long_error(num_tokens, limit)

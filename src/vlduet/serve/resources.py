@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import numpy as np
 from fastapi import HTTPException, Request, Response
 from pydantic import ValidationError
 
-from vlduet.data.records import Part, Parts, as_parts
+from vlduet.data.records import ImageRef
 from vlduet.errors import DataError, ModelError, RetrievalError
+from vlduet.model.embedding import Embeddable
 from vlduet.model.limits import TRUNCATION_REMEDY
 from vlduet.retrieval.calibration import find_content_kind, judge_hits
 from vlduet.retrieval.filters import Where
@@ -29,6 +29,7 @@ from vlduet.serve.asgi import CLIENT_CLOSED_REQUEST
 from vlduet.serve.content import UrlLoader
 from vlduet.serve.embedding_jobs import EmbeddingResult
 from vlduet.serve.fields import check_fields
+from vlduet.serve.index_images import UrlImages, format_image_url
 from vlduet.serve.schemas import EmbeddingOptions, RequestBody
 from vlduet.serve.validation import describe_validation_error
 from vlduet.serve.worker import Worker
@@ -53,7 +54,7 @@ class Resources:
         name: name under which clients know the model.
         index: index to search; must be built by the same model.
         strict: whether fields of requests that this server does not know are always refused.
-        load_url: function for images at http(s) URLs; None refuses them.
+        load_url: function for images at http(s) URLs of other servers; None refuses them.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class Resources:
         strict: bool = False,
         load_url: UrlLoader | None = None,
     ):
-        self.worker, self.name, self.strict, self.load_url = worker, name, strict, load_url
-        self._index = index
+        self.worker, self.name, self.strict = worker, name, strict
+        self._load_url, self._index = load_url, index
         self._refresh_lock = threading.Lock()
         self.created = int(time.time())
 
@@ -133,7 +134,7 @@ class Resources:
     async def embed(
         self,
         request: Request,
-        items: Sequence[Part | Parts],
+        items: Sequence[Embeddable],
         places: Sequence[str],
         *,
         is_query: bool,
@@ -178,31 +179,37 @@ class Resources:
         return self._index
 
     async def query_index(self, function: Callable[[Index], T]) -> T:
-        """Return `function(index)`, run in a thread after the index was refreshed.
+        """Return `function(index)`, run in a thread by `read_index`; raises as it does."""
+        self.require_index()
+        return await asyncio.to_thread(self.read_index, function)
+
+    def read_index(self, function: Callable[[Index], T]) -> T:
+        """Return `function(index)` after the index was refreshed; for any thread that may block.
 
         Raises:
             DataError: the server has no index.
             HTTPException: 503 if the index was rebuilt by another model or cannot be read.
         """
         index = self.require_index()
+        try:
+            # Only one thread reads an update, and none puts an older state in its place.
+            with self._refresh_lock:
+                index.refresh()
+        except RetrievalError as error:
+            logger.error("the served index cannot be used any more: %s", error)
+            text = "The index was changed so that this model cannot search it: it was rebuilt "
+            text += "with another model, or is gone. The server must be started again"
+            raise HTTPException(503, text) from None
+        return function(index)
 
-        def refresh_and_call() -> T:
-            try:
-                # Only one thread reads an update, and none puts an older state in its place.
-                with self._refresh_lock:
-                    index.refresh()
-            except RetrievalError as error:
-                logger.error("the served index cannot be used any more: %s", error)
-                text = "The index was changed so that this model cannot search it: it was rebuilt "
-                text += "with another model, or is gone. The server must be started again"
-                raise HTTPException(503, text) from None
-            return function(index)
-
-        return await asyncio.to_thread(refresh_and_call)
+    def url_images(self, request: Request) -> UrlImages:
+        """Return the images that a request may name by URL."""
+        host = request.headers.get("host", "")
+        return UrlImages(host, self.read_index, self._load_url)
 
     async def search(
         self,
-        query: Part | Parts,
+        query: Embeddable,
         vector: np.ndarray,
         *,
         k: int,
@@ -215,7 +222,7 @@ class Resources:
         `search_vector` and `query_index`.
         """
         statistics = self.worker.model.score_statistics
-        kind = find_content_kind(as_parts(query))
+        kind = find_content_kind([query] if isinstance(query, str | ImageRef) else query)
 
         def find_hits(index: Index) -> list[Hit]:
             hits = search_vector(index, vector, k=k, where=where, options=options)
@@ -228,17 +235,17 @@ def format_hits(hits: Sequence[Hit]) -> list[dict[str, Any]]:
     """Return hits as JSON objects of rank, score, id, text and metadata, in order.
 
     A hit with an image has its URL on this server as `image`: paths of the server's files stay
-    private. A hit whose id no URL can contain has none: ``.`` and ``..``, which are steps in a
-    path, and ids with a line end. NaN and infinities in metadata, which Python's JSON can spell
-    and JSON cannot, become null.
+    private. A hit whose id no URL can contain has none (`format_image_url`). NaN and infinities in
+    metadata, which Python's JSON can spell and JSON cannot, become null.
     """
     rows = []
     for hit in hits:
         metadata = json.dumps(dict(hit.metadata))
         row = {"rank": hit.rank, "score": hit.score, "id": hit.id, "text": hit.text}
         row["metadata"] = json.loads(metadata, parse_constant=lambda _: None)
-        if hit.image is not None and hit.id not in (".", "..") and "\n" not in hit.id:
-            row["image"] = f"/v1/images/{quote(hit.id, safe='')}"
+        url = None if hit.image is None else format_image_url(hit.id)
+        if url is not None:
+            row["image"] = url
         if hit.p is not None:
             row["p"] = hit.p
         rows.append(row)

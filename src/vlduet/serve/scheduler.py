@@ -2,62 +2,32 @@
 
 waiting -> preparing (decoded and tokenised, in other threads) -> prefilling (images pass the
 vision tower, one per step) -> running
+
+An answer with images of the index pauses between two tokens (`interleaved_chats`):
+
+running -> paused (searched, in other threads) -> reading (an image that is fed back passes the
+vision tower like those of prompts) -> running
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
-from vlduet.data.records import Message, extract_images
+from vlduet.data.records import extract_images
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
 from vlduet.model.embedding import find_visible_chars
-from vlduet.model.generation.continuous import (
-    ContinuousBatcher,
-    Delta,
-    Request,
-    SamplingParams,
-    StepOutputs,
-)
+from vlduet.model.generation.continuous import ContinuousBatcher, Delta, Request, StepOutputs
+from vlduet.model.generation.slices import SliceEnd
+from vlduet.serve.chats import AnswerImage, ChatRequest
+from vlduet.serve.interleaved_chats import ImageSearches, PausedChat, count_template_tokens
 
 MAX_CONCURRENT_CHATS = 8
 """Number of chats that are prepared or answered at the same time."""
 UNLIMITED_TOKENS = 1 << 40
-
-
-@dataclass(slots=True, eq=False)
-class ChatRequest:
-    """A conversation to answer."""
-
-    messages: tuple[Message, ...]
-    on_output: Callable[[Delta | Exception], None]
-    """Function called in the worker's thread with every delta, or with an error, the last call."""
-    max_new_tokens: int
-    sampling_params: SamplingParams = field(default_factory=SamplingParams)
-    stop_strings: tuple[str, ...] = ()
-    cancelled: bool = False
-    """Set by any thread when nobody waits for the answer; `on_output` is not called afterwards."""
-
-    @property
-    def has_images(self) -> bool:
-        """Whether a message has an image, whose decoding takes time."""
-        return any(extract_images(message.parts) for message in self.messages)
-
-    def deliver(self, output: Delta | Exception) -> None:
-        """Call `on_output` unless the request is cancelled.
-
-        An exception of the call is swallowed and sets `cancelled`.
-        """
-        try:
-            if not self.cancelled:
-                self.on_output(output)
-        except Exception:  # noqa: BLE001 - such as an event loop that has been closed
-            self.cancelled = True
 
 
 class ChatScheduler:
@@ -83,15 +53,23 @@ class ChatScheduler:
         self._prepared: deque[tuple[ChatRequest, Sequence | Exception]] = deque()
         # Requests with their prompts, and those of their images that must pass the vision tower.
         self._prefilling: deque[tuple[ChatRequest, Sequence, list[PreparedImage]]] = deque()
-        # Running requests by their entry in the batcher, which is None while there are none.
+        # Running requests by their entry in the batcher, which is None while there are none. Those
+        # that pause are among them.
         self._running: dict[Request, ChatRequest] = {}
+        self.searches = ImageSearches(model, render_lock)
+        self._paused: set[Request] = set()
+        # Chats that read what follows a pause once their images have passed the vision tower.
+        self._reading: deque[PausedChat] = deque()
         self.num_generated_tokens = 0
+        self.num_retrieved_images = 0
         self._batcher: ContinuousBatcher | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._prepared or self._prefilling or self._running)
+        has_search = self.searches.has_finished or self._reading
+        has_running = len(self._running) > len(self._paused)
+        return bool(self._prepared or self._prefilling or has_search or has_running)
 
     @property
     def num_running(self) -> int:
@@ -143,7 +121,7 @@ class ChatScheduler:
         self._preparing.discard(request)
 
     def step(self) -> None:
-        """Generate one token for each running chat, then encode one image of the waiting chats.
+        """Generate one token for each running chat, then encode one image of the other chats.
 
         Outputs go to the chats' `on_output`. Chats whose prompts are complete start to run. Raises
         nothing: an error of one chat is delivered to it, and one of the generation, such as a lack
@@ -151,10 +129,14 @@ class ChatScheduler:
         """
         try:
             self._generate_tokens()
+            self._collect_searches()
             self._admit_prepared_requests()
+            self._read_after_pause()
         except Exception as error:  # noqa: BLE001 - delivered to the chats that it ends
             requests = list(self._running.values())
-            self._running, self._batcher = {}, None  # releases their memory before anything else
+            # Releases their memory before anything else.
+            self._running, self._batcher = {}, None
+            self._forget_finished()
             for request in requests:
                 request.deliver(error)
 
@@ -177,16 +159,108 @@ class ChatScheduler:
             self._deliver_outputs(self._batcher.step())
 
     def _deliver_outputs(self, outputs: StepOutputs) -> None:
-        """Deliver the outputs of a step, and forget the chats that are finished.
+        """Deliver the outputs of a step, queue searches, and forget the chats that are finished.
 
         The batcher is released when no chat runs any more.
         """
         for entry, output in outputs:
-            self.num_generated_tokens += 1
-            self._running[entry].deliver(output)
+            if isinstance(output, SliceEnd):
+                self._pause(entry, output)
+            else:
+                self.num_generated_tokens += 1
+                self._running[entry].deliver(output)
+        self._forget_finished()
+
+    def _forget_finished(self) -> None:
+        """Forget the chats that are finished, and release the batcher when no chat runs."""
         self._running = {e: request for e, request in self._running.items() if not e.is_finished}
+        self._paused &= self._running.keys()
+        self._reading = deque(paused for paused in self._reading if paused.entry in self._running)
         if not self._running:
             self._batcher = None
+
+    # ------------------------------------------------------------------ pauses
+
+    def _pause(self, entry: Request, slice_end: SliceEnd) -> None:
+        """Queue the search of an answer that pauses; an error ends its chat."""
+        request, batcher = self._running[entry], self._batcher
+        assert request.interleaving is not None and batcher is not None
+        try:
+            vector = request.interleaving.answer.embed(slice_end)
+        except Exception as error:  # noqa: BLE001 - it concerns this request only
+            self._end(entry, error)
+            return
+        num_cached = batcher.count_cached_tokens(entry)
+        self._paused.add(entry)
+        self.searches.add(
+            PausedChat(request, request.interleaving, entry, slice_end, vector, num_cached)
+        )
+
+    def _end(self, entry: Request, output: Delta | Exception) -> None:
+        """Deliver the last output of a running chat; it leaves the batch with the next step."""
+        self._running[entry].deliver(output)
+        entry.is_finished = True
+
+    def _collect_searches(self) -> None:
+        """Deliver the images that other threads have found, and let their chats go on.
+
+        A chat that reads nothing joins the batch again. Errors are delivered to their chats.
+        """
+        for paused in self.searches.take_finished():
+            entry = paused.entry
+            if entry not in self._running:  # it has ended with an error of the batch
+                continue
+            self._paused.remove(entry)
+            if paused.error is not None:
+                self._end(entry, paused.error)
+            elif paused.step is None:
+                entry.is_finished = True  # it was cancelled
+            else:
+                for output in paused.outputs:
+                    self.num_retrieved_images += isinstance(output, AnswerImage)
+                    paused.request.deliver(output)
+                self._go_on(paused)
+        self._forget_finished()
+
+    def _go_on(self, paused: PausedChat) -> None:
+        """End a chat whose template is complete, resume it, or queue what it reads next."""
+        entry, step, batcher = paused.entry, paused.step, self._batcher
+        assert step is not None and batcher is not None
+        if step.is_complete:
+            last = Delta("", "stop", entry.prompt_tokens, len(entry.token_ids))
+            self._end(entry, last)
+        elif step.sequence is not None:
+            self._reading.append(paused)
+        else:
+            try:
+                outputs = batcher.resume(entry)
+            except Exception as error:  # noqa: BLE001 - such as memory that running chats use
+                self._end(entry, error)
+            else:
+                self._deliver_outputs(outputs)
+
+    def _read_after_pause(self) -> None:
+        """Let one chat read what follows its pause, such as an image, if that is encoded.
+
+        An error is delivered to the chat, which ends.
+        """
+        paused = next((p for p in self._reading if not p.images), None)
+        if paused is None:
+            return
+        self._reading.remove(paused)
+        entry, step, batcher = paused.entry, paused.step, self._batcher
+        assert step is not None and step.sequence is not None and batcher is not None
+        entry.prompt_tokens += len(step.sequence)
+        try:
+            inputs = self.model.prefill_inputs([step.sequence], num_past=paused.num_cached)
+            outputs = batcher.extend(entry, inputs)
+        except Exception as error:  # noqa: BLE001 - such as memory that running chats use
+            self._end(entry, error)
+            self._forget_finished()
+        else:
+            self._deliver_outputs(outputs)
+
+    # ------------------------------------------------------------------ new chats
 
     def _admit_prepared_requests(self) -> None:
         """Start the chats whose prompts are complete, prompts of similar length in one forward.
@@ -219,15 +293,13 @@ class ChatScheduler:
         batcher = self._batcher
         if batcher is None:
             batcher = ContinuousBatcher(self.model.backbone, prefill_inputs.eos_token_ids)
-        entries = [
-            Request(
-                r.max_new_tokens, sampling_params=r.sampling_params, stop_strings=r.stop_strings
-            )
-            for r in requests
-        ]
+        entries = [make_entry(request) for request in requests]
         outputs = batcher.add_requests(prefill_inputs, entries)
         self._batcher = batcher
         self._running |= zip(entries, requests, strict=True)
+        for request in requests:
+            if request.interleaving and (text := request.interleaving.answer.opening_text):
+                request.deliver(Delta(text))
         self._deliver_outputs(outputs)
 
     def _collect_prepared(self) -> None:
@@ -248,9 +320,19 @@ class ChatScheduler:
     def _encode_image(self) -> None:
         """Pass the next image of the first chat that has one through the vision tower.
 
+        Chats that read an image after a pause come first: their clients see them stand still.
         Running chats thus wait for one image at most. An error is delivered to the chat, which is
         dropped.
         """
+        for paused in self._reading:
+            if paused.images:
+                try:
+                    self.model.vision_features([paused.images.pop(0)])  # into the cache
+                except Exception as error:  # noqa: BLE001 - it concerns this request only
+                    self._end(paused.entry, error)
+                    self._reading.remove(paused)
+                    self._forget_finished()
+                return
         for entry in self._prefilling:
             request, _, images = entry
             if images:
@@ -260,6 +342,17 @@ class ChatScheduler:
                     request.deliver(error)
                     self._prefilling.remove(entry)
                 return
+
+
+def make_entry(request: ChatRequest) -> Request:
+    """Return the entry of a chat in the batch."""
+    if request.interleaving is not None:
+        return request.interleaving.answer.request
+    return Request(
+        request.max_new_tokens,
+        sampling_params=request.sampling_params,
+        stop_strings=request.stop_strings,
+    )
 
 
 def prepare_chat_sequence(
@@ -283,13 +376,21 @@ def prepare_chat_sequence(
     renderer = model.renderer.with_options(
         max_tokens=UNLIMITED_TOKENS, prepare_image=prepared_images.__getitem__
     )
+    answer = request.interleaving.answer if request.interleaving is not None else None
     with render_lock:
         text = "".join(part for part in parts if isinstance(part, str))
+        text += answer.template if answer is not None else ""
         max_token_chars = renderer.layouts.tokenizer.max_token_chars
         is_certain = find_visible_chars(text, context_length * max_token_chars) < len(text)
         if is_certain:  # and tokens take time
             raise _too_long_error(f"more than {context_length}", request, context_length)
-        sequence = renderer.render_chat(request.messages, add_generation_prompt=True)
+        if answer is None:
+            sequence = renderer.render_chat(request.messages, add_generation_prompt=True)
+        else:
+            sequence = answer.render_prompt(renderer)
+            if answer.template:  # which is read instead of generated
+                num_tokens = max(1, count_template_tokens(renderer, answer.template))
+                request.max_new_tokens = answer.request.max_new_tokens = num_tokens
     if len(sequence) + request.max_new_tokens > context_length:
         raise _too_long_error(str(len(sequence)), request, context_length)
     return sequence

@@ -40,7 +40,7 @@ from vlduet.serve.metrics import CONTENT_TYPE, ServerMetrics
 from vlduet.serve.request_log import RequestLogMiddleware
 
 if TYPE_CHECKING:
-    from vlduet.model.generation.continuous import Delta
+    from vlduet.serve.chats import ChatOutput
     from vlduet.serve.worker import Worker
 
 
@@ -242,11 +242,11 @@ def warm_up(worker: Worker) -> None:
     """
     # Not imported above: the server listens and answers probes before torch is imported.
     from vlduet.data.records import Message
-    from vlduet.serve.scheduler import ChatRequest
+    from vlduet.serve.chats import ChatRequest
 
     worker.submit_embedding(["warm-up"], is_query=False).result()
     if worker.can_generate:
-        outputs: queue.Queue[Delta | Exception] = queue.Queue()
+        outputs: queue.Queue[ChatOutput | Exception] = queue.Queue()
         worker.submit_chat(ChatRequest((Message("user", ("warm-up",)),), outputs.put, 1))
         output = outputs.get()
         if isinstance(output, Exception):

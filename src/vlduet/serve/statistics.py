@@ -15,6 +15,8 @@ class WorkerStatistics:
     waiting_embedding_items: int = 0
     """Texts and images that wait for being embedded."""
     generated_tokens: int = 0
+    retrieved_images: int = 0
+    """Images of the index in answers."""
     embedded_items: int = 0
     refused_requests: int = 0
     """Requests that were refused because too many were waiting."""

@@ -7,7 +7,8 @@ Other threads submit work: items to embed, a chat, or a call. The model's thread
             one part of a longer item; fewer on a slow machine, more if no chat waits
 3. chat     one image of a chat that is being prepared, then one token of every running chat
 
-Three further threads prepare what these turns read: they decode images, render and tokenise.
+Three further threads prepare what these turns read: they decode images, render and tokenise, and
+they search the index for answers that pause for an image.
 Results go to the request's future or callback. A request that fails does not affect the others. An
 embedding thus waits for one token and not for a whole answer, a token waits for a bounded number of
 tokens and not for a list of long texts, and one copy of the weights does both.
@@ -26,13 +27,14 @@ import numpy as np
 
 from vlduet.data.batches import FORWARD_MAX_TOKENS
 from vlduet.data.quarantine import bisect_failures
-from vlduet.data.records import Part, Parts
 from vlduet.encoders.dual import DualEncoder
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
+from vlduet.model.embedding import Embeddable
+from vlduet.serve.chats import ChatRequest
 from vlduet.serve.embedding_jobs import EmbeddingJob, EmbeddingQueue, EmbeddingResult, TurnItem
 from vlduet.serve.preparation import ContentEncoder, DuetEncoder, TowerEncoder
-from vlduet.serve.scheduler import ChatRequest, ChatScheduler
+from vlduet.serve.scheduler import ChatScheduler
 from vlduet.serve.statistics import WorkerStatistics
 
 Result = TypeVar("Result")
@@ -103,7 +105,7 @@ class Worker:
     # ------------------------------------------------------------------ for other threads
 
     def submit_embedding(
-        self, items: Sequence[Part | Parts], *, is_query: bool, truncate: bool = False
+        self, items: Sequence[Embeddable], *, is_query: bool, truncate: bool = False
     ) -> Future[EmbeddingResult]:
         """Return a future of the embeddings of queries or documents.
 
@@ -157,6 +159,7 @@ class Worker:
                 waiting_chats=len(self._waiting_chats),
                 waiting_embedding_items=self._embeddings.num_unfinished,
                 generated_tokens=scheduler.num_generated_tokens if scheduler else 0,
+                retrieved_images=scheduler.num_retrieved_images if scheduler else 0,
                 embedded_items=self._num_embedded,
                 refused_requests=self._num_refused,
             )
@@ -190,7 +193,7 @@ class Worker:
     # ------------------------------------------------------------------ in the preparation threads
 
     def _run_preparation(self, texts_only: bool) -> None:
-        """Prepare chats, and embeddings while no chat waits, until the worker is closed.
+        """Search for paused chats, prepare new ones, and else embeddings, until the worker closes.
 
         With `texts_only`, those with images are left to the other threads.
         """
@@ -198,16 +201,22 @@ class Worker:
             pass
 
     def _prepare_next(self, texts_only: bool) -> bool:
-        """Wait for a chat or an item and prepare it; return False once the worker is closed."""
+        """Wait for a search, a chat or an item and do it; return False if the worker is closed."""
         scheduler, embeddings = self._scheduler, self._embeddings
         with self._changed:
             embeddings.drop_finished()
             self._changed.wait_for(lambda: self._closed or self._has_unprepared(texts_only))
             if self._closed:
                 return False
-            request = scheduler.take_waiting(texts_only=texts_only) if scheduler else None
-            has_chat = request is not None
-            item = None if has_chat else embeddings.take_unprepared(texts_only=texts_only)
+            request = item = paused = None
+            if scheduler is not None:
+                paused = scheduler.searches.take_waiting(texts_only=texts_only)
+            if scheduler is not None and paused is None:
+                request = scheduler.take_waiting(texts_only=texts_only)
+            if paused is None and request is None:
+                item = embeddings.take_unprepared(texts_only=texts_only)
+        if paused is not None and scheduler is not None:
+            scheduler.searches.search(paused, texts_only=texts_only)
         if request is not None and scheduler is not None:
             outcome = scheduler.prepare(request)
             with self._changed:
@@ -221,7 +230,10 @@ class Worker:
     def _has_unprepared(self, texts_only: bool) -> bool:
         """Return whether a chat or an item can be prepared now, with `texts_only` without image."""
         scheduler = self._scheduler
-        has_chat = scheduler is not None and scheduler.has_waiting(texts_only=texts_only)
+        has_chat = scheduler is not None and (
+            scheduler.searches.has_waiting(texts_only=texts_only)
+            or scheduler.has_waiting(texts_only=texts_only)
+        )
         return has_chat or self._embeddings.has_unprepared(texts_only=texts_only)
 
     def _prepare_item(self, job: EmbeddingJob, position: int) -> None:

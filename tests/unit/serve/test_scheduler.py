@@ -10,10 +10,11 @@ from helpers import tiny
 from helpers.serving import OutputRecorder, becomes_true, hold_worker, submit_chat, user_message
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError, ImageError
-from vlduet.model.generation import continuous
+from vlduet.model.generation import continuous, kv_state
 from vlduet.model.generation.continuous import Delta, SamplingParams
 from vlduet.serve import scheduler as scheduler_module
-from vlduet.serve.scheduler import ChatRequest, prepare_chat_sequence
+from vlduet.serve.chats import ChatRequest
+from vlduet.serve.scheduler import prepare_chat_sequence
 
 QUESTIONS = ["what?", "tell me a long story, and then another one", "a"]
 BROKEN_IMAGE = ImageRef(data=b"no picture")
@@ -298,7 +299,7 @@ def test_chat_that_cannot_start_fails_alone(endless, worker, monkeypatch, failur
     expected = generate(endless, user_message("x"), 9)
     functions = {
         "prefill": (endless, "prefill_inputs"),
-        "concatenation": (continuous, "_concatenate_left_padded"),
+        "concatenation": (kv_state, "_concatenate_left_padded"),
         "request": (scheduler_module, "Request"),
     }
 

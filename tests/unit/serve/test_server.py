@@ -276,6 +276,7 @@ def test_the_state_of_the_worker_is_reported_as_it_is_now():
         waiting_chats=4,
         waiting_embedding_items=5,
         generated_tokens=6,
+        retrieved_images=10,
         embedded_items=8,
         refused_requests=9,
     )
@@ -285,6 +286,7 @@ def test_the_state_of_the_worker_is_reported_as_it_is_now():
         'vlduet_chats{state="waiting"}': 4,
         "vlduet_waiting_embedding_items": 5,
         "vlduet_generated_tokens_total": 6,
+        "vlduet_retrieved_images_total": 10,
         "vlduet_embedded_items_total": 8,
         "vlduet_refused_requests_total": 9,
         "vlduet_index_documents": 7,

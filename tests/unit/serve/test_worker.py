@@ -18,8 +18,8 @@ from vlduet.model.generation.continuous import Delta
 from vlduet.model.limits import accept_truncation
 from vlduet.serve import scheduler as scheduler_module
 from vlduet.serve import worker as worker_module
+from vlduet.serve.chats import ChatRequest
 from vlduet.serve.embedding_jobs import EmbeddingResult
-from vlduet.serve.scheduler import ChatRequest
 from vlduet.serve.worker import ServerBusyError, Worker
 
 BROKEN_IMAGE = ImageRef(data=b"no picture")

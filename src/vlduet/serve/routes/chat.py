@@ -1,45 +1,57 @@
-"""POST /v1/chat/completions: an answer to a conversation, whole or streamed, or from the index."""
+"""POST /v1/chat/completions: an answer to a conversation, whole or streamed.
+
+With `retrieval`, the prompt quotes documents of the index, or images of it follow the sentences.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag
+from pydantic import BaseModel, BeforeValidator, Field, Tag
 
-from vlduet.data.records import ImageRef, Message, extract_images
-from vlduet.errors import DataError, ImageError
+from vlduet.data.records import Message, extract_images
+from vlduet.errors import ConfigError, DataError, ImageError, ModelError, RetrievalError
+from vlduet.model.duet import DuetModel
+from vlduet.model.generation.continuous import Request as BatchEntry
 from vlduet.model.generation.continuous import SamplingParams
-from vlduet.retrieval.rag import build_messages
+from vlduet.model.generation.interleave import InterleavedAnswer
+from vlduet.retrieval.rag import add_references, check_question, select_query
 from vlduet.retrieval.search import Hit
+from vlduet.serve.chats import ChatOutput, ChatRequest, ImageCounts, Interleaving
 from vlduet.serve.content import (
     MAX_PARTS,
     Content,
     ContentModel,
     ImagePart,
     OptionalContent,
-    UrlLoader,
     check_number_of_parts,
     check_size,
     make_discriminator,
     to_parts,
 )
+from vlduet.serve.interleaved_chats import check_image_index
 from vlduet.serve.openapi import describe_body
+from vlduet.serve.index_images import UrlImages
 from vlduet.serve.resources import Resources, await_while_connected, json_response
+from vlduet.serve.retrieval_options import (
+    ContextRetrieval,
+    InterleavedRetrieval,
+    RetrievalOptions,
+)
 from vlduet.serve.routes.search import SearchHit
-from vlduet.serve.scheduler import ChatRequest
-from vlduet.serve.schemas import ChatUsage, RequestBody, Where
-from vlduet.serve.streaming import CompletionWriter, DeltaQueue, collect_deltas, stream_events
+from vlduet.serve.schemas import ChatUsage, RequestBody
+from vlduet.serve.streaming import CompletionWriter, DeltaQueue, collect_outputs, stream_events
 
 DEFAULT_MAX_TOKENS = 256
 """Length limit of an answer whose request gives none."""
 MAX_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
 """Number of stop strings; each is searched for after every token."""
-EMPTY_CONTENTS: tuple[object, ...] = (None, "", [])
 StopString = Annotated[str, Field(max_length=256)]
 StopStrings = Annotated[
     Annotated[StopString, Tag("text")]
@@ -72,14 +84,6 @@ class AssistantMessage(ContentModel):
 ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
-class RetrievalOptions(BaseModel):
-    """Value of `retrieval` in a chat: the last question is answered from the index."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    k: int = Field(3, ge=1, le=100, description="Number of references in the prompt.")
-    where: Where | None = None
-
-
 class StreamOptions(ContentModel):
     """Value of `stream_options`."""
 
@@ -94,6 +98,17 @@ def _check_messages(values: Any) -> Any:
         contents = [value.get("content") for value in values if isinstance(value, dict)]
         check_number_of_parts(contents, "messages", limit=MAX_PARTS)
     return values
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedMessages:
+    """Conversation of a body."""
+
+    messages: tuple[Message, ...]
+    image_places: list[str]
+    """Paths of the images of the messages in the body, in order."""
+    num_left_out: int
+    """Number of images of earlier answers that are not among the messages."""
 
 
 class ChatBody(RequestBody):
@@ -126,41 +141,69 @@ class ChatBody(RequestBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     retrieval: RetrievalOptions | None = Field(
-        None, description="Answer the last question from the index."
+        None,
+        description="Answer from the index: with documents in the prompt (mode context), or with "
+        "images between the sentences (mode interleave).",
     )
 
-    def parse_messages(self, load_url: UrlLoader | None) -> tuple[Message, ...]:
+    def parse_messages(self, url_images: UrlImages) -> ParsedMessages:
         """Return the messages of the conversation, of which the last must be the user's.
 
         Role "developer" becomes "system". Empty system messages are dropped, and empty answers
-        become a blank: clients send them, and chat templates require alternating turns. Raises
-        DataError for contents as `to_parts`, too many parts or images in all messages together,
-        and another last role.
+        become a blank: clients send them, and chat templates require alternating turns. Images of
+        the index in answers are left out unless the model is to see such images (`feed_back`): it
+        did not see them when it answered.
+
+        Raises DataError for contents as `to_parts`, too many parts or images in all messages
+        together, and another last role.
         """
-        messages = []
+        messages: list[Message] = []
+        image_places: list[str] = []
+        num_left_out = 0
         for i, message in enumerate(self.messages):
             role = "system" if isinstance(message, SystemMessage) else message.role
-            if message.content in EMPTY_CONTENTS and role != "user":
+            content, place = message.content or "", f"messages[{i}].content"
+            if not content and role != "user":
                 if role == "assistant":
                     messages.append(Message("assistant", (" ",)))
                 continue
-            parts = to_parts(message.content or "", f"messages[{i}].content", load_url)
-            messages.append(Message(role, parts))
+            left_out = self._find_left_out(message, url_images)
+            parts = to_parts(content, place, url_images.load, left_out=left_out)
+            messages.append(Message(role, parts or (" ",)))
+            is_image = [isinstance(part, ImagePart) for part in content]
+            kept = [j for j in range(len(content)) if is_image[j] and j not in left_out]
+            image_places += [f"{place}[{j}].image_url" for j in kept]
+            num_left_out += sum(is_image) - len(kept)
         all_parts = [part for message in messages for part in message.parts]
         check_size(len(all_parts), len(extract_images(all_parts)), "messages")
         if not messages or messages[-1].role != "user":
             fix = "End with a question"
             raise DataError("the last turn is not a user's", place="messages", fix=fix)
-        return tuple(messages)
+        return ParsedMessages(tuple(messages), image_places, num_left_out)
 
-    def image_places(self) -> list[str]:
-        """Return the paths of all images in the order of the conversation."""
-        return [
-            f"messages[{i}].content[{j}].image_url"
-            for i, message in enumerate(self.messages)
-            for j, part in enumerate(message.content or ())
-            if isinstance(part, ImagePart)
-        ]
+    def _find_left_out(self, message: ChatMessage, url_images: UrlImages) -> set[int]:
+        """Return the positions of parts of an earlier answer that are not in the prompt.
+
+        These are images as in `parse_messages`, and blank texts, which may be between two images.
+        """
+        if not isinstance(message, AssistantMessage) or not isinstance(message.content, list):
+            return set()
+        options = self.retrieval
+        sees_images = isinstance(options, InterleavedRetrieval) and options.feed_back
+        left_out = set()
+        for i, part in enumerate(message.content):
+            if isinstance(part, ImagePart):
+                is_own = url_images.find_document_id(part.url) is not None
+                if is_own and not sees_images:
+                    left_out.add(i)
+            elif not part.text.strip():
+                left_out.add(i)
+        return left_out
+
+    @property
+    def has_usage_event(self) -> bool:
+        """Whether a stream ends with an event for the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
 
     @property
     def max_new_tokens(self) -> int:
@@ -184,11 +227,42 @@ class ChatBody(RequestBody):
         return tuple(string for string in strings if string)
 
 
+class AnswerText(BaseModel):
+    """Text of an interleaved answer."""
+
+    type: Literal["text"]
+    text: str
+
+
+class AnswerImageUrl(BaseModel):
+    """Address of an image of the index."""
+
+    url: str = Field(description="Path of the image on this server.")
+
+
+class AnswerImagePart(BaseModel):
+    """Image of an interleaved answer, which may be sent back as a part of a message."""
+
+    type: Literal["image_url"]
+    image_url: AnswerImageUrl
+    hit: SearchHit = Field(description="Its document; the rank is the number of the image.")
+
+
 class ChatAnswer(BaseModel):
     """Message of the model."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | list[AnswerText | AnswerImagePart] = Field(
+        description="A text, or with mode interleave a list of texts and images."
+    )
+
+
+class AnswerImageCounts(BaseModel):
+    """Numbers of images of the index in an answer and in its prompt."""
+
+    retrieved: int = Field(description="Images in the answer.")
+    fed_back: int = Field(description="Of these, images that the model saw before it went on.")
+    left_out: int = Field(description="Images of earlier answers that the model did not see.")
 
 
 class ChatChoice(BaseModel):
@@ -210,7 +284,11 @@ class ChatResponse(BaseModel):
     choices: list[ChatChoice]
     usage: ChatUsage
     sources: list[SearchHit] | None = Field(
-        None, description="Documents that the prompt quotes, if the request has `retrieval`."
+        None,
+        description="With `retrieval`: the documents that are quoted, or those of the images.",
+    )
+    images: AnswerImageCounts | None = Field(
+        None, description="With mode interleave, or if images of earlier answers are left out."
     )
 
 
@@ -231,85 +309,115 @@ def make_router(resources: Resources) -> APIRouter:
         if not resources.worker.can_generate:
             message = "this model embeds and does not generate"
             raise DataError(message, place="model", fix="Serve a generative one")
-        messages = await asyncio.to_thread(body.parse_messages, resources.load_url)
-        sources: Sequence[Hit] | None = None
-        if body.retrieval is not None:
-            sources, prompt = await _quote_sources(request, resources, body.retrieval, messages[-1])
-            messages = (*messages[:-1], *prompt)
-        return await _answer(request, resources, body, messages=messages, sources=sources)
+        parsed = await asyncio.to_thread(body.parse_messages, resources.url_images(request))
+        queue = DeltaQueue()
+        chat = ChatRequest(
+            parsed.messages,
+            queue.put,
+            body.max_new_tokens,
+            sampling_params=body.sampling_params(),
+            stop_strings=body.stop_strings(),
+            image_counts=ImageCounts(left_out=parsed.num_left_out),
+        )
+        sources = None
+        if isinstance(body.retrieval, ContextRetrieval):
+            sources = await _find_sources(request, resources, body.retrieval, parsed.messages)
+            chat.messages = add_references(parsed.messages, sources)
+        chat.interleaving = await _prepare_interleaving(resources, body, parsed.messages)
+        writer = CompletionWriter(
+            resources.name, chat, sources=sources, has_usage_event=body.has_usage_event
+        )
+        first = await _start_chat(request, resources, chat, queue, parsed.image_places)
+        if body.stream:
+            events = stream_events(writer, first, queue)
+            headers = {"Cache-Control": "no-cache"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        outputs = await collect_outputs(first, queue, chat=chat, request=request)
+        return await json_response(lambda: writer.response(outputs))
 
     return router
 
 
-async def _answer(
+async def _start_chat(
     request: Request,
     resources: Resources,
-    body: ChatBody,
-    *,
-    messages: tuple[Message, ...],
-    sources: Sequence[Hit] | None,
-) -> Response:
-    """Return the answer to a conversation; if the client disconnects, the chat is cancelled.
+    chat: ChatRequest,
+    queue: DeltaQueue,
+    image_places: Sequence[str],
+) -> ChatOutput:
+    """Submit a chat that outputs to `queue` and return its first output.
 
-    An error before the first token is raised: DataError for a conversation that is too long, and
-    ServerBusyError. A later one is raised too, or in a stream becomes an event.
+    If the client disconnects, the chat is cancelled. `image_places` are the paths in the body of
+    the images in the chat's messages, in order.
+
+    Raises:
+        DataError: a conversation that is too long, or a broken image, at its path.
+        ServerBusyError: too many requests wait.
+        HTTPException: 499 if the client disconnects.
     """
-    queue = DeltaQueue()
-    chat = ChatRequest(
-        messages,
-        queue.put,
-        body.max_new_tokens,
-        sampling_params=body.sampling_params(),
-        stop_strings=body.stop_strings(),
-    )
-    images = extract_images(part for message in messages for part in message.parts)
     first = None
     resources.worker.submit_chat(chat)
     try:
         first = await await_while_connected(request, queue.get())
     except ImageError as error:
-        places = dict(zip((image.name for image in images), body.image_places(), strict=False))
+        images = extract_images(part for message in chat.messages for part in message.parts)
+        places = dict(zip((image.name for image in images), image_places, strict=False))
         place = places.get(str(error.place), error.place)
         raise ImageError(error.message, place=place, fix=error.fix) from None
     finally:
         chat.cancelled = first is None
-    options = body.stream_options
-    has_usage_event = options is not None and options.include_usage is True
-    writer = CompletionWriter(resources.name, sources, has_usage_event=has_usage_event)
-    if body.stream:
-        events = stream_events(writer, first, queue, chat=chat)
-        headers = {"Cache-Control": "no-cache"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    deltas = await collect_deltas(first, queue, chat=chat, request=request)
-    return await json_response(lambda: writer.response(deltas))
+    return first
 
 
-async def _quote_sources(
-    request: Request, resources: Resources, options: RetrievalOptions, message: Message
-) -> tuple[list[Hit], tuple[Message, ...]]:
-    """Search with the last message; return the hits and the message with the hits quoted.
+async def _find_sources(
+    request: Request,
+    resources: Resources,
+    options: ContextRetrieval,
+    messages: tuple[Message, ...],
+) -> list[Hit]:
+    """Return the documents that the prompt quotes.
 
-    Raises DataError for several images, no text, and no index; RetrievalError for a filter.
+    Raises DataError for a question without text and for no index; RetrievalError for a filter.
     """
     resources.require_index()
-    question, image = split_question(message)
-    query = (question,) if image is None else (image, question)
+    try:
+        check_question(messages)
+    except RetrievalError as error:
+        raise DataError(error.message, place="messages", fix=error.fix) from None
+    query = select_query(messages, options.scope)
     result = await resources.embed(request, [query], ["messages"], is_query=True)
-    hits = await resources.search(query, result.vectors[0], k=options.k, where=options.where)
-    return hits, build_messages(question, hits, image=image)
+    return await resources.search(query, result.vectors[0], k=options.k, where=options.where)
 
 
-def split_question(message: Message) -> tuple[str, ImageRef | None]:
-    """Return the text of a message, its parts joined by line ends, and its image or None.
+async def _prepare_interleaving(
+    resources: Resources, body: ChatBody, messages: tuple[Message, ...]
+) -> Interleaving | None:
+    """Return how images of the index enter the answer, None if none do.
 
-    Raises DataError for several images, and for a message without text.
+    Raises DataError for a model or an index that cannot be used so, or a template without a place;
+    RetrievalError for a filter.
     """
-    images = extract_images(message.parts)
-    if len(images) > 1:
-        fix = "Ask about one image at a time"
-        raise DataError(f"{len(images)} images", place="retrieval", fix=fix)
-    text = "\n".join(part for part in message.parts if isinstance(part, str))
-    if not text:
-        fix = "Add a question to the image"
-        raise DataError("a question without text", place="retrieval", fix=fix)
-    return text, images[0] if images else None
+    options, model = body.retrieval, resources.worker.model
+    if not isinstance(options, InterleavedRetrieval):
+        return None
+    assert isinstance(model, DuetModel)
+    where = options.where
+    await resources.query_index(lambda index: check_image_index(index, where))
+    entry = BatchEntry(
+        body.max_new_tokens,
+        sampling_params=body.sampling_params(),
+        stop_strings=body.stop_strings(),
+    )
+    try:
+        answer = InterleavedAnswer(
+            model,
+            messages,
+            entry,
+            template=options.template or "",
+            feed_back=options.feed_back,
+            images=options.image_options(),
+        )
+    except (ConfigError, ModelError) as error:
+        place = "retrieval.template" if isinstance(error, ConfigError) else "retrieval.mode"
+        raise DataError(error.message, place=place, fix=error.fix) from None
+    return Interleaving(answer, resources.read_index)

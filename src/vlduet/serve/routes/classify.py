@@ -112,7 +112,8 @@ def make_router(resources: Resources) -> APIRouter:
         body = await resources.read_body(request, ClassifyBody)
         truncate = resources.allows_truncation(body)
         prompts = await asyncio.to_thread(body.make_prompts)
-        items, places = await asyncio.to_thread(parse_inputs, body.input, resources.load_url)
+        load_url = resources.url_images(request).load
+        items, places = await asyncio.to_thread(parse_inputs, body.input, load_url)
         num_templates = len(prompts) // len(body.labels)
         prompt_places = [f"labels[{i // num_templates}]" for i in range(len(prompts))]
         labelled = await resources.embed(

@@ -83,7 +83,8 @@ def make_router(resources: Resources) -> APIRouter:
             message = f"{body.dimensions}: the model was trained for vectors of {dim} numbers only"
             raise DataError(message, place="dimensions", fix="Leave it out")
         truncate = resources.allows_truncation(body)
-        items, places = await asyncio.to_thread(parse_inputs, body.input, resources.load_url)
+        load_url = resources.url_images(request).load
+        items, places = await asyncio.to_thread(parse_inputs, body.input, load_url)
         result = await resources.embed(
             request, items, places, is_query=body.is_query, truncate=truncate
         )

@@ -45,7 +45,7 @@ class RerankBody(EmbeddingOptions):
         description="Whether results contain their documents; if absent, those that are texts.",
     )
 
-    def parse_items(self, load_url: UrlLoader | None) -> tuple[Parts, list[Parts]]:
+    def parse_items(self, load_url: UrlLoader) -> tuple[Parts, list[Parts]]:
         """Return the query and the documents as contents to embed.
 
         Raises DataError for one that cannot be embedded.
@@ -101,7 +101,8 @@ def make_router(resources: Resources) -> APIRouter:
         """Return documents in the order of their similarity to a query, best first."""
         body = await resources.read_body(request, RerankBody)
         truncate = resources.allows_truncation(body)
-        query, documents = await asyncio.to_thread(body.parse_items, resources.load_url)
+        load_url = resources.url_images(request).load
+        query, documents = await asyncio.to_thread(body.parse_items, load_url)
         found = await resources.embed(request, [query], ["query"], is_query=True, truncate=truncate)
         places = [f"documents[{i}]" for i in range(len(documents))]
         embedded = await resources.embed(

@@ -90,9 +90,8 @@ def make_router(resources: Resources) -> APIRouter:
             hits = await _search_like(resources, body, body.like)
         else:
             truncate = resources.allows_truncation(body)
-            query = await asyncio.to_thread(
-                parse_embeddable, body.query, "query", resources.load_url
-            )
+            load_url = resources.url_images(request).load
+            query = await asyncio.to_thread(parse_embeddable, body.query, "query", load_url)
             result = await resources.embed(
                 request, [query], ["query"], is_query=True, truncate=truncate
             )
