@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BEFORE = "Another model to compare with, such as the base model."
 CONFIG = "A config of recipe sugar: compare with its encoders and options."
+FIGURE = "Also draw a figure, as .svg or .png."
 DELTA = "Width of the kernel, by default the config's or 1."
 
 RecordPlace = Annotated[
@@ -109,22 +110,27 @@ def align(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="OUT", help="Also write a page.")
     ] = None,
+    figure: Annotated[Path | None, typer.Option("--figure", metavar="FILE", help=FIGURE)] = None,
     as_json: Json = False,
 ) -> None:
     """Show how two records align, slice by slice.
 
     Slices, which are images and sentences, are compared by the encoders of --config or the
-    embeddings of --model; exactly one of them must be given. With --html, also write a page. A
-    record that does not exist or has no slice is an error.
+    embeddings of --model; exactly one of them must be given. With --html, also write a page, and
+    with --figure two rows of slices with links where the alignment passes. A record that does not
+    exist or has no slice is an error.
     """
     from vlduet.config import load_run_config
     from vlduet.errors import ConfigError
     from vlduet.inspect import alignment
+    from vlduet.reports.alignment_figure import find_format, write_alignment_figure
     from vlduet.reports.terminal import format_alignment
 
     if (config is None) == (model is None):
         fix = "Give either --config or --model"
         raise ConfigError("nothing to compare with, or two things", fix=fix)
+    if figure is not None:
+        find_format(figure)  # before anything is computed
     records = _read_record(first), _read_record(second)
     slices = (
         *alignment.split_into_slices(records[0]),
@@ -152,12 +158,14 @@ def align(
         from vlduet.reports.pages import write_alignment_page
 
         write_alignment_page(html, result)
+    if figure is not None:
+        write_alignment_figure(figure, result)
     if as_json:
         print_json(result.to_json())
         return
     print_text(format_alignment(result))
-    if html is not None:
-        print_text(html)
+    for path in filter(None, (html, figure)):
+        print_text(path)
 
 
 def _read_record(place: str) -> Record:

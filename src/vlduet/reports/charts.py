@@ -1,4 +1,4 @@
-"""Draw line and scatter charts as SVG with matplotlib, and compute shades of heatmap cells.
+"""Draw charts and a figure of linked boxes with matplotlib, and compute shades of heatmap cells.
 
 This is the only module that imports matplotlib, and it does so inside a function, because the
 import takes more than a second. The look of a chart is in ``charts.mplstyle``.
@@ -9,21 +9,28 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
+
+from vlduet.logs import logger
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Point = tuple[float, float]
+Box = str | NDArray[np.uint8]
+"""Content of a box: text with its line ends, or the pixels uint8[h, w, 3] of an image."""
+FigureFormat = Literal["svg", "png"]
+"""Format of a figure that is a file of its own."""
 
 STYLE_FILE = Path(__file__).with_name("charts.mplstyle")
 
@@ -39,6 +46,15 @@ MAX_UNSMOOTHED_POINTS = 50
 """Number of points up to which a line is drawn without smoothing."""
 SMOOTHING_WINDOWS = 25
 """Number of windows of the moving average that fit into a smoothed line."""
+
+MIN_LINK_WEIGHT = 0.05
+"""Weight below which a link is not drawn."""
+BOX_WIDTH, BOX_HEIGHT, BOX_GAP = 1.4, 1.1, 0.15
+"""Size of a box and the least distance to the next one, in inches."""
+MARGIN, NOTE_HEIGHT = 0.3, 0.85
+"""Height above the upper row, where its name is, and of the note below the lower one, in inches."""
+PNG_DPI = 150
+"""Resolution of a figure as PNG, in dots per inch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +101,164 @@ class ScatterChart:
     """At least one, with finite coordinates."""
     x_label: str
     y_label: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigure:
+    """Two rows of boxes and the weights of the links between them."""
+
+    names: tuple[str, str]
+    """Names of the upper and the lower row."""
+    upper: tuple[Box, ...]
+    """The M > 0 boxes of the upper row."""
+    lower: tuple[Box, ...]
+    """The N > 0 boxes of the lower row."""
+    weights: ArrayLike
+    """float[M, N], weight of the link from 0 to 1."""
+    note: str
+    """Text below the rows."""
+
+
+def draw_links(figure: LinkFigure, kind: FigureFormat) -> bytes:
+    """Return a figure as an SVG or PNG file: boxes, and dashed links as dark as their weights.
+
+    Both rows are equally wide, so that the boxes of the shorter one are further apart. Links
+    lighter than `MIN_LINK_WEIGHT` are left out. Equal figures give equal files, and matplotlib's
+    global settings are left as they were. In an SVG, texts remain texts, which the viewer shows by
+    its own fonts. A PNG needs fonts of this computer: characters that none has become frames, and
+    are named in a warning.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    num_columns = max(len(figure.upper), len(figure.lower))
+    width = max(num_columns * (BOX_WIDTH + BOX_GAP) + BOX_GAP, 4.8)
+    links_height = min(0.9 + 0.1 * num_columns, 2.4)
+    lower_y = MARGIN + NOTE_HEIGHT
+    upper_y = lower_y + BOX_HEIGHT + links_height
+    height = upper_y + BOX_HEIGHT + MARGIN
+    texts = [*figure.names, figure.note]
+    texts += [box for box in (*figure.upper, *figure.lower) if isinstance(box, str)]
+    families = _find_font_families("".join(texts)) if kind == "png" else ["sans-serif"]
+    style = {"font.family": families, "text.parse_math": False, "font.size": 7}
+    with matplotlib.style.context([STYLE_FILE, style]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # missing glyphs, which `_find_font_families` reports
+        drawing = Figure(figsize=(width, height), facecolor="white")
+        axes = drawing.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))  # in inches
+        axes.set_axis_off()
+        upper_x = _draw_boxes(axes, figure.upper, upper_y)
+        lower_x = _draw_boxes(axes, figure.lower, lower_y)
+        axes.text(BOX_GAP, upper_y + BOX_HEIGHT + 0.1, figure.names[0], weight="bold")
+        axes.text(BOX_GAP, lower_y - 0.1, figure.names[1], weight="bold", va="top")
+        _draw_links(axes, figure.weights, (upper_x, lower_x), (upper_y, lower_y + BOX_HEIGHT))
+        _draw_note(axes, figure.note)
+        if kind == "svg":
+            return _save_svg(drawing).encode()
+        file = io.BytesIO()
+        drawing.savefig(file, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _draw_boxes(axes: Axes, boxes: Sequence[Box], y: float) -> list[float]:
+    """Draw boxes from the lower edge `y` on, over the width of the axes; return their centers."""
+    from matplotlib.patches import FancyBboxPatch
+
+    step = axes.get_xlim()[1] / len(boxes)
+    centers = [step * (i + 0.5) for i in range(len(boxes))]
+    for center, box in zip(centers, boxes, strict=True):
+        colour, edge = ("#e8eefc", "#b3c2ee") if isinstance(box, str) else ("#fdebf2", "#eebbd0")
+        left = center - BOX_WIDTH / 2
+        style = "round,pad=0,rounding_size=0.06"
+        patch = FancyBboxPatch((left, y), BOX_WIDTH, BOX_HEIGHT, boxstyle=style)
+        patch.set(facecolor=colour, edgecolor=edge, linewidth=0.8, zorder=2)
+        axes.add_patch(patch)
+        middle = y + BOX_HEIGHT / 2
+        if isinstance(box, str):
+            text = axes.text(left + 0.07, middle, box, va="center", linespacing=1.25, zorder=3)
+            text.set_clip_path(patch)  # a viewer's font may be wider
+            continue
+        scale = min((BOX_WIDTH - 0.12) / box.shape[1], (BOX_HEIGHT - 0.12) / box.shape[0])
+        x, z = box.shape[1] * scale / 2, box.shape[0] * scale / 2
+        extent = (center - x, center + x, middle - z, middle + z)
+        axes.imshow(box, extent=extent, aspect="auto", zorder=3, interpolation="antialiased")
+    axes.set(xlim=(0, step * len(boxes)), ylim=axes.get_ylim())
+    return centers
+
+
+def _draw_links(
+    axes: Axes, weights: ArrayLike, centers: tuple[Sequence[float], Sequence[float]], y: Point
+) -> None:
+    """Draw a dashed line for every weight float[M, N] that is not too small, the darkest last.
+
+    Args:
+        axes: axes to draw on.
+        weights: weight of each link, from 0 to 1.
+        centers: x of the M upper and of the N lower ends.
+        y: y of the upper and of the lower ends.
+    """
+    values = np.asarray(weights, dtype=np.float64).clip(0.0, 1.0)  # rounding may exceed 1
+    rows, columns = np.nonzero(values >= MIN_LINK_WEIGHT)
+    for k in np.argsort(values[rows, columns], kind="stable"):
+        row, column = rows[k], columns[k]
+        _draw_link(axes, (centers[0][row], centers[1][column]), y, values[row, column])
+
+
+def _draw_link(axes: Axes, x: Point, y: Point, weight: float) -> None:
+    """Draw one dashed line as wide and as dark as its weight."""
+    axes.plot(
+        x,
+        y,
+        color="#4f46c8",
+        linestyle=(0, (4, 2.5)),
+        dash_capstyle="butt",
+        linewidth=0.5 + 2 * weight,
+        alpha=0.1 + 0.9 * weight,
+        zorder=1,
+    )
+
+
+def _draw_note(axes: Axes, note: str) -> None:
+    """Draw a note at the lower edge, and above it which weights the links stand for."""
+    y = MARGIN + NOTE_HEIGHT - 0.48
+    axes.text(BOX_GAP, y, "probability that the alignment passes", va="center", color="#5c5f6a")
+    for i, weight in enumerate((0.1, 0.5, 1.0)):
+        x = BOX_GAP + 2.1 + 0.85 * i
+        _draw_link(axes, (x, x + 0.4), (y, y), weight)
+        axes.text(x + 0.46, y, f"{weight:g}", va="center", color="#5c5f6a")
+    axes.text(BOX_GAP, y - 0.15, note, va="top", color="#5c5f6a", linespacing=1.4)
+
+
+def _find_font_families(text: str) -> list[str]:
+    """Return the families of installed fonts that have the characters of a text.
+
+    The first one is matplotlib's own. Those that have most of what is still missing follow; a
+    warning names characters that no font has.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    families = ["DejaVu Sans"]
+    missing = {ord(character) for character in text if character.isprintable()}
+    missing -= get_font(findfont(FontProperties(family=families))).get_charmap().keys()
+    if not missing:
+        return families
+    covered: dict[str, set[int]] = {}
+    for entry in fontManager.ttflist:
+        if entry.style == "normal" and not entry.name.startswith("Last Resort"):
+            characters = missing & get_font(entry.fname).get_charmap().keys()
+            covered[entry.name] = covered.get(entry.name, characters) & characters
+    while missing and covered:
+        best = min(covered, key=lambda name: (-len(covered[name] & missing), name))
+        if not covered[best] & missing:
+            break
+        families.append(best)
+        missing -= covered[best]
+    if missing:
+        sample = "".join(map(chr, sorted(missing)[:10]))
+        logger.warning(
+            f"no font of this computer has {len(missing)} of the characters, such as {sample}: "
+            "install one, or write an SVG"
+        )
+    return families
 
 
 def scatter_chart(chart: ScatterChart) -> Markup:

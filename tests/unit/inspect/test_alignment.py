@@ -114,9 +114,9 @@ def test_slices_are_images_and_single_sentences() -> None:
 def test_command_prints_json_and_writes_a_page(encoders: dict[str, str], tmp_path: Path) -> None:
     records = write_records(tmp_path)
     config = write_config(tmp_path, encoders, delta=0.5)
-    path = tmp_path / "page.html"
+    path, figure = tmp_path / "page.html", tmp_path / "figure.svg"
     arguments = ["align", f"{records}:0", f"{records}:1", "--config", str(config)]
-    arguments += ["--html", str(path)]
+    arguments += ["--html", str(path), "--figure", str(figure)]
     printed = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout
     content = json.loads(printed)
     assert (content["first"], content["second"]) == ("one", "two")
@@ -129,8 +129,9 @@ def test_command_prints_json_and_writes_a_page(encoders: dict[str, str], tmp_pat
     pages.parse_checked_page(html)
     assert html.count("data:image/") == 2
     assert "&lt;b&gt;cat&lt;/b&gt;" in html and "<b>cat" not in html
+    assert figure.read_text().count("A cat sleeps.") == 1
     printed = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
-    assert "A cat sleeps." in printed and printed.endswith(f"{path}\n")
+    assert "A cat sleeps." in printed and printed.endswith(f"{path}\n{figure}\n")
 
 
 def test_command_compares_by_the_embeddings_of_a_model(tmp_path: Path) -> None:
@@ -142,6 +143,12 @@ def test_command_compares_by_the_embeddings_of_a_model(tmp_path: Path) -> None:
     vectors = model.encode([tiny.random_image(0), "A cat sleeps."])
     cosine = json.loads(done.stdout)["cosines"][0][1]
     assert cosine == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
+
+
+def test_command_refuses_another_format_of_a_figure_before_it_computes(tmp_path: Path) -> None:
+    arguments = ["align", "missing", "missing", "--model", "missing", "--figure", "figure.pdf"]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, ConfigError) and "figure.pdf: no format of a figure" in str(error)
 
 
 @pytest.mark.parametrize("with_both", [False, True])
