@@ -44,7 +44,10 @@ def make_sentence_sampler(duet: DuetModel) -> Callable[[Request, torch.Tensor], 
     """
     tokenizer = duet.backbone.tokenizer
     letters = tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz"))
-    ends = {0: tokenizer.encode(" "), 1: tokenizer.encode("B"), 6: tokenizer.encode(".")}
+    ends = {
+        position: tokenizer.encode(text, add_special_tokens=False)
+        for position, text in ((0, " "), (1, "B"), (6, "."))
+    }
 
     def sample_token(request: Request, logits: torch.Tensor) -> torch.Tensor:
         position = (len(request.token_ids) + 1) % SENTENCE_TOKENS

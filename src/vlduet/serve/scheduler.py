@@ -216,6 +216,8 @@ class ChatScheduler:
             elif paused.step is None:
                 entry.is_finished = True  # it was cancelled
             else:
+                if paused.outputs and (text := entry.take_unsent_text()):
+                    paused.request.deliver(Delta(text))
                 for output in paused.outputs:
                     self.num_retrieved_images += isinstance(output, AnswerImage)
                     paused.request.deliver(output)

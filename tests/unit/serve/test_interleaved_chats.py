@@ -102,6 +102,32 @@ def test_streamed_answer_is_a_text_for_clients_that_know_texts_only(server: Runn
     assert (last["sources"], last["images"]) == (expected["sources"], expected["images"])
 
 
+def test_text_that_may_begin_a_stop_string_is_before_the_image(server: RunningServer) -> None:
+    bodies = [server.request(CHAT, chat_body(**more))[1] for more in ({}, {"stop": [". no"]})]
+    contents = [body["choices"][0]["message"]["content"] for body in bodies]
+    assert contents[0] == contents[1]
+    body = server.request(CHAT, chat_body(stop=[contents[0][2]["text"].strip()]))[1]
+    assert collect_parts(body["choices"][0]["message"]["content"]) == collect_parts(contents[0])[:2]
+    assert body["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_index_of_another_model_ends_the_answer(
+    server: RunningServer, index: Index, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """The index is replaced after the request was accepted."""
+    refreshes = iter([None, RetrievalError("rebuilt by another model")])
+
+    def refresh() -> None:
+        if (error := next(refreshes, None)) is not None:
+            raise error
+
+    monkeypatch.setattr(index, "refresh", refresh)
+    response = server.send(CHAT, chat_body(stream=stream))
+    assert response.status == (200 if stream else 503)
+    assert ("ended with an error" if stream else "started again") in response.read().decode()
+
+
 def test_threshold_and_number_of_images_are_limits(
     server: RunningServer, duet: DuetModel, index: Index
 ) -> None:

@@ -200,6 +200,11 @@ class Request:
         if self.slices is not None:
             self.slices.restart()
 
+    def take_unsent_text(self) -> str:
+        """Return, and forget, the text that is held back since it may begin a stop string."""
+        text, self._unsent_text = self._unsent_text, ""
+        return text
+
     def _decode(self, token_id: int, tokenizer: Tokenizer) -> str:
         """Return the text that a token completes; to call once for every token."""
         if self._detokenizer is None:
