@@ -1,4 +1,4 @@
-"""What a conversation prints at the terminal: answers, retrieved images, search results."""
+"""Output of a conversation at the terminal: answers, retrieved images, search results."""
 
 from __future__ import annotations
 

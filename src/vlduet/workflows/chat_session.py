@@ -39,7 +39,7 @@ generated."""
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """How a conversation is answered.
+    """Settings of how a conversation is answered.
 
     Raises:
         ConfigError: an unknown mode or scope, a length below 1, or a negative temperature.
@@ -48,7 +48,7 @@ class ChatSettings:
 
     retrieval: RetrievalMode = "off"
     scope: Scope = "last"
-    """What is searched for in the mode `context`: the last message, or the whole conversation."""
+    """Query of the mode `context`: the last message, or the whole conversation."""
     where: Where = None
     """Filter of every search."""
     k: int = 3
@@ -101,7 +101,7 @@ class ChatSession:
     Attributes:
         model: model that answers, and embeds queries.
         index: index that is searched; None without one.
-        settings: how is answered; `change` replaces it.
+        settings: how answers are made; `change` replaces it.
         turns: messages of the user and answers, alternating. A message is kept without the
             references that were quoted for it.
         attached: copies of the images of the next message.
@@ -122,7 +122,7 @@ class ChatSession:
             index: index that this model built, or None.
             folder: existing folder for copies of images, so that a conversation does not change
                 when their files do.
-            settings: how is answered; by default without retrieval.
+            settings: how answers are made; by default without retrieval.
 
         Raises:
             ModelError: the model cannot generate, or not retrieve meanwhile as the settings say.
@@ -163,6 +163,7 @@ class ChatSession:
         if self.index is None:
             uses_index = {
                 "retrieval": settings.retrieval != "off",
+                "scope": settings.scope != "last",
                 "where": bool(settings.where),
                 "feed_back": settings.feed_back,
                 "threshold": settings.threshold is not None,
@@ -241,6 +242,7 @@ class ChatSession:
         if self.index is None:
             fix = "Name one: vlduet chat MODEL --index INDEX"
             raise ConfigError("there is no index to search", fix=fix)
+        self.index.refresh()
         query = (*self.attached, *((text,) if text.strip() else ()))
         return find_hits(self.index, self.model, query, k=k, where=self.settings.where)
 
@@ -260,19 +262,7 @@ class ChatSession:
         if not text.strip():
             raise RetrievalError("an empty message", fix="Ask something")
         message = Message("user", (*self.attached, text))
-        sources: tuple[Hit, ...] = ()
-        if self.settings.retrieval == "context":
-            assert self.index is not None
-            options = self.settings
-            conversation = (*self._system(), *self.turns, message)
-            sources = prepare_prompt(
-                self.index,
-                self.model,
-                conversation,
-                scope=options.scope,
-                k=options.k,
-                where=options.where,
-            ).sources
+        sources = self._search_references(message) if self.settings.retrieval == "context" else ()
         num_turns, num_sources = self._fit_window(message, sources)
         yield from self._shorten(num_turns, len(sources) - num_sources)
         sources = sources[:num_sources]
@@ -295,12 +285,30 @@ class ChatSession:
         self.turns = []
         self.attached = []
 
+    def _search_references(self, message: Message) -> tuple[Hit, ...]:
+        """Return the documents to quote for a message; raises as `prepare_prompt`."""
+        assert self.index is not None
+        self.index.refresh()
+        num_turns, _ = self._fit_window(message, ())  # a longer conversation cannot be embedded
+        turns = self.turns[len(self.turns) - num_turns :]
+        prompt = prepare_prompt(
+            self.index,
+            self.model,
+            (*self._system(), *turns, message),
+            scope=self.settings.scope,
+            k=self.settings.k,
+            where=self.settings.where,
+        )
+        return prompt.sources
+
     def _generate(self, prompt: tuple[Message, ...]) -> Iterator[TextDelta | RetrievedImage[Hit]]:
         """Yield the model's answer to a prompt in the mode of the settings."""
         from vlduet.model.generation.interleave import TextDelta
 
         settings = self.settings
         if settings.retrieval == "interleave":
+            assert self.index is not None
+            self.index.refresh()
             yield from self._interleave(prompt, settings)
             return
         pieces = self.model.generate(

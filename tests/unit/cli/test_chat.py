@@ -22,7 +22,7 @@ from vlduet.cli import chat_commands, main, viewer
 from vlduet.cli.chat_commands import ChatCommands, parse_path
 from vlduet.cli.chat_terminal import CommandCompleter, run_terminal
 from vlduet.data.records import ImageRef
-from vlduet.errors import ConfigError, ModelError
+from vlduet.errors import ConfigError, ModelError, VLDuetError
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation.interleave import RetrievedImage, TextDelta
 from vlduet.retrieval.build import build_index
@@ -98,24 +98,37 @@ def test_lines_of_a_pipe_are_messages_and_commands(
 def test_the_first_wrong_line_of_a_pipe_ends_the_program_with_status_1(
     index: Path, script: AnswerScript, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
+    for lines, message in {
+        "Hello\n/serch red\nHello\n": "unknown command /serch. Did you mean '/search'? A space",
+        "Hello\ncaf\udce9\nHello\n": "the input is not valid UTF-8",
+        "/image no\x1bfile.png\nHello\n": "no file.png: no such file",
+    }.items():
+        script.prompts = []
+        assert run_main(monkeypatch, lines, "--index", index) == 1
+        out, err = capsys.readouterr()
+        assert err.startswith("error: ") and message in err
+        assert len(script.prompts) == out.count("An answer.") <= 1
+    assert run_main(monkeypatch, "", "--retrieve", "context") == 1
+    assert "retrieval: there is no index" in capsys.readouterr().err
+
+
+def test_wrong_commands_are_refused(commands: ChatCommands, capsys: Capture) -> None:
     for line, message in {
-        "/serch red": "unknown command /serch. Did you mean '/search'? A space before",
         "/clear all": "/clear takes no argument. Write /clear",
         "/open x": "/open takes the number of an image",
         "/open 1": "no image 1. No image has been shown yet",
         "/image": "/image takes a file",
-        "/image no\x1bfile.png": "no file.png: no such file",
         "/image ~nobody-here/x": "~nobody-here/x: the home folder of this user is unknown",
-        "/search": "an empty query",
+        "/search": "there is no index to search",
+        "/retrieve on": "retrieval: there is no index",
         "/retrieve maybe": "retrieval: 'maybe'. Use off, context or interleave",
-        "caf\udce9": "the input is not valid UTF-8",
+        "/scope all": "scope: 'all'. Use last or dialog",
+        "/image caf\udce9": "the line is not valid UTF-8",
     }.items():
-        assert run_main(monkeypatch, f"{line}\nHello\n", "--index", index) == 1
-        out, err = capsys.readouterr()
-        assert out == "" and err.startswith("error: ") and message in err
-    assert run_main(monkeypatch, "/retrieve on\n") == 1
-    assert "retrieval: there is no index" in capsys.readouterr().err
-    assert not script.prompts
+        with pytest.raises(VLDuetError) as caught:
+            commands.run(line)
+        assert message in str(caught.value)
+    assert not capsys.readouterr().out
 
 
 def make_hit(text: str, path: str) -> Hit:

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import tiny
 from helpers.answer_script import AnswerScript
-from helpers.fake_embedder import paint, write_pairs
+from helpers.fake_embedder import COLOURS, paint, write_pairs
 from vlduet.data.records import ImageRef, Message
 from vlduet.errors import (
     ConfigError,
@@ -216,6 +216,25 @@ def test_images_of_an_interleaved_answer_are_later_read_with_feed_back_alone(
     assert searching.number_image(hit.image) == 1
 
 
+def test_documents_that_are_added_meanwhile_are_retrieved(
+    model: DuetModel, script: AnswerScript, tmp_path: Path
+) -> None:
+    def build(names: tuple[str, ...]) -> None:
+        colours = {name: COLOURS[name] for name in names}
+        build_index(model, write_pairs(tmp_path / "source", colours), to=tmp_path / "index")
+
+    build(("red",))
+    with Index.open(tmp_path / "index") as opened:
+        settings = ChatSettings(retrieval="context")
+        session = ChatSession(model, opened, folder=tmp_path, settings=settings)
+        assert len(session.search("red")) == 1
+        build(("red", "blue"))
+        assert len(session.search("red")) == 2
+        build(("red", "blue", "green"))
+        sources, *_ = session.answer("red")
+        assert isinstance(sources, Sources) and len(sources.hits) == 3
+
+
 def test_a_search_uses_a_text_and_the_attached_images(
     searching: ChatSession, model: DuetModel, tmp_path: Path
 ) -> None:
@@ -269,6 +288,17 @@ def test_references_that_do_not_fit_are_left_out_from_the_last(
     assert prompt.count(" square") == len(sources.hits)
 
 
+def test_a_conversation_that_is_too_long_is_searched_with_what_fits(
+    searching: ChatSession, script: AnswerScript, model: DuetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searching.settings = replace(searching.settings, scope="dialog", k=1)
+    list(searching.answer("a" * 500))
+    limit_tokens(model, monkeypatch, 500)
+    notice, sources, *_ = searching.answer("b" * 100)
+    assert isinstance(notice, Notice) and isinstance(sources, Sources)
+    assert [len(message.parts) for message in script.prompts[-1]] == [4]
+
+
 def test_the_window_has_space_for_the_answer(
     session: ChatSession, model: DuetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +316,7 @@ def test_settings_that_cannot_work_are_refused_at_once(
 ) -> None:
     wrong: list[tuple[Index | None, dict[str, Any], type[VLDuetError], str]] = [
         (None, {"retrieval": "context"}, ConfigError, "retrieval: there is no index"),
+        (None, {"scope": "dialog"}, ConfigError, "scope: there is no index"),
         (None, {"where": ["a=b"]}, ConfigError, "where: there is no index"),
         (None, {"threshold": 0.5}, ConfigError, "threshold: there is no index"),
         (None, {"feed_back": True}, ConfigError, "feed_back: there is no index"),
