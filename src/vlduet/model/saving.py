@@ -18,6 +18,7 @@ from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model import checkpoint, golden_memory
 from vlduet.model.adapters import save_lora
 from vlduet.model.backbone import load_backbone, select_device
+from vlduet.model.card import CARD_NAME, format_card
 from vlduet.model.embedding import encode
 from vlduet.model.fingerprints import fingerprint_checkpoint
 from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits
@@ -176,6 +177,9 @@ def _write_model(
         chat_template=model.backbone.tokenizer.chat_template,
         save_adapter=partial(save_lora, model.peft_model) if has_adapter else None,
     )
+    manifest = json.loads((folder / checkpoint.MANIFEST_NAME).read_text(encoding="utf-8"))
+    # After the manifest, which therefore does not list the card: a user may complete it.
+    (folder / CARD_NAME).write_text(format_card(manifest), encoding="utf-8")
 
 
 def open_model(

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 IMAGE_SLOT = "{image}"
 """Place of an image in a template."""
+CLOSING_MARKS = ".,;:!?…)]}”’»。，、；：！？」』）"
+"""Punctuation marks that no blank precedes."""
 MAX_SEARCHED = 1024
 """Number of nearest documents among which an image is looked for; others may be texts."""
 
@@ -300,7 +302,8 @@ def find_read_span(sequence: TokenSequence) -> tuple[int, int]:
 def split_template(template: str) -> list[str]:
     """Return the texts before, between and after the places of images in a template.
 
-    White space before a place moves behind it, as one blank: an image follows the last word.
+    An image follows the last word: white space before its place moves behind it, as one blank, and
+    is left out before a punctuation mark.
 
     Raises ConfigError for a template without a place.
     """
@@ -311,8 +314,8 @@ def split_template(template: str) -> list[str]:
     texts = [pieces[0].strip()]
     for before, text in pairwise(pieces):
         is_apart = before[-1:].isspace() or text[:1].isspace()
-        texts.append((" " if is_apart else "") + text.strip())
-    texts[-1] = texts[-1].rstrip()
+        text = text.strip()
+        texts.append(f" {text}" if is_apart and text and text[0] not in CLOSING_MARKS else text)
     return texts
 
 
