@@ -146,7 +146,8 @@ def test_paths_named_in_the_documents_exist() -> None:
     missing = []
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        for path in re.findall(r"`((?:src|tests|benchmarks|experiments|docs)/[\w./-]+)`", text):
+        folders = "src|tests|benchmarks|examples|experiments|docs"
+        for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
             if not (ROOT / path).exists():
                 missing.append(f"{document.name}: {path}")
     assert not missing

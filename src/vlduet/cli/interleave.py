@@ -61,7 +61,7 @@ def interleave(
     from vlduet.errors import ConfigError
     from vlduet.locks import lock_output
     from vlduet.model.duet import DuetModel
-    from vlduet.model.generation.interleave import ImageOptions
+    from vlduet.model.generation.interleave import IMAGE_SLOT, ImageOptions
     from vlduet.reports.story import Story, write_story
     from vlduet.retrieval.filters import parse_conditions
     from vlduet.structured_files import require_regular_file
@@ -69,6 +69,10 @@ def interleave(
     for place, text in (("PROMPT", prompt), ("--template", template)):
         if text is not None and not text.strip():
             raise ConfigError("an empty text", place=place, fix="Write some words")
+    num_places = (template or "").count(IMAGE_SLOT)
+    if num_places > max_images:
+        message = f"{num_places} places of images, and at most {max_images} images"
+        raise ConfigError(message, place="--template", fix=f"Add --max-images {num_places}")
     parts: Parts = (*[ImageRef(path=path) for path in images or ()], prompt)
     # All before the model is loaded, so that a wrong option does not cost an answer.
     require_regular_file(to, error_class=ConfigError)
@@ -94,14 +98,7 @@ def interleave(
         command = shlex.join(["vlduet", *sys.argv[1:]])
         story = tuple(p if isinstance(p, str) else _story_image(p) for p in content)
         write_story(to, Story(parts, story, template is None, facts, command))
-    num_images = sum(not isinstance(part, str) for part in content)
-    if not num_images:
-        fix = "Lower --threshold, change --where, or index documents with images"
-        logger.warning(f"no image was retrieved from {folder}. {fix}")
-    if as_json:
-        print_json({"page": str(to), "parts": [_part_fields(part) for part in content]})
-    else:
-        print_text(f"{to}: {num_images} {'image' if num_images == 1 else 'images'}")
+    _print_result(to, content, folder=folder, as_json=as_json)
 
 
 def _collect(
@@ -144,6 +141,23 @@ def _collect(
         fix = "Ask for something else, or give the text as --template"
         raise ModelError("the model wrote nothing, and no image was retrieved", fix=fix)
     return content
+
+
+def _print_result(
+    to: Path, content: list[str | RetrievedImage[Hit]], *, folder: Path, as_json: bool
+) -> None:
+    """Print the page's path and number of images, or the parts of the answer as JSON.
+
+    An answer without an image of the index `folder` is logged.
+    """
+    num_images = sum(not isinstance(part, str) for part in content)
+    if not num_images:
+        fix = "Lower --threshold, change --where, or index documents with images"
+        logger.warning(f"no image was retrieved from {folder}. {fix}")
+    if as_json:
+        print_json({"page": str(to), "parts": [_part_fields(part) for part in content]})
+    else:
+        print_text(f"{to}: {num_images} {'image' if num_images == 1 else 'images'}")
 
 
 def _story_image(image: RetrievedImage[Hit]) -> StoryImage:

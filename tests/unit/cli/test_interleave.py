@@ -185,6 +185,8 @@ def test_an_impossible_page_is_an_error_before_the_model_is_loaded(
             run(*(["--template", ""] if options["prompt"].strip() else []), **options)
     with pytest.raises(RetrievalError, match="no document has metadata 'size'"):
         run("--where", "size=3")
+    with pytest.raises(ConfigError, match="2 places of images, and at most 1"):
+        run("--template", "A {image} B {image}", "--max-images", 1)
     assert not model.calls
 
 
