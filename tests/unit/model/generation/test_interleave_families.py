@@ -120,12 +120,12 @@ def test_states_and_logits_are_those_of_one_forward_pass(family, tmp_path):
     ]
     all_ids = (*token_ids[-1], *ending.token_ids, *NEW_TOKENS[:-1])
     expected.append(reference_logits(model, sequences[-1].images, all_ids, count=len(NEW_TOKENS)))
-    asked, *starts = sequences[-1].images
+    first, *starts = sequences[-1].images
     other_images = [
         (start, model.prepare_image(image))
         for (start, _), image in zip(starts, OTHER_IMAGES, strict=True)
     ]
-    change = reference_logits(model, (asked, *other_images), token_ids[-1]) - expected[2]
+    change = reference_logits(model, (first, *other_images), token_ids[-1]) - expected[2]
     assert change.abs().max() > 0.01, "the images have no effect on what follows"
     is_allowed = logits.isfinite()  # no end of the answer, and no other special token
     assert is_allowed.float().mean() > 0.5
