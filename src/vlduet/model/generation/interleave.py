@@ -23,7 +23,7 @@ import numpy as np
 
 from vlduet.data.records import Conversation, ImageRef, Message, Part, Parts
 from vlduet.data.sequences import Sequence as TokenSequence
-from vlduet.errors import ConfigError, DataError, ModelError
+from vlduet.errors import ConfigError, DataError, ImageError, ModelError
 from vlduet.logs import logger
 from vlduet.model.conversation import (
     render_answer_prompt,
@@ -163,7 +163,7 @@ class InterleavedAnswer:
     model's thread, `find_image` may run in another one.
 
     Raises:
-        ConfigError: a template that is blank or has no place of an image.
+        ConfigError: a template without a place of an image, or with more than `max_images`.
         ModelError: the model cannot generate, or its embeddings are means over all tokens.
     """
 
@@ -192,6 +192,10 @@ class InterleavedAnswer:
             )
         if self.template:
             self._texts = split_template(self.template)
+            num_places, limit = len(self._texts) - 1, self.images.max_images
+            if num_places > limit:
+                message = f"{num_places} places of images, and at most {limit} images"
+                raise ConfigError(message, place="template", fix="Raise max_images")
             self.request.generates = False
         else:
             self.request.slices = SliceReader()
@@ -248,17 +252,15 @@ class InterleavedAnswer:
     ) -> NextStep:
         """Count a slice end with its image, which may be None, and return what follows.
 
-        Sets the place that `request` reads next. An image that is fed back is decoded here; one
-        that does not fit the model's window is not fed back, which is logged.
+        Sets the place that `request` reads next. An image that is fed back is decoded here. One
+        that cannot be decoded, or does not fit the model's window, is not fed back, which is
+        logged.
 
         Args:
             renderer: renderer of the model.
             hit: result of `find_image`.
             slice_end: the place.
             num_cached: number of tokens that the model has read (`count_cached_tokens`).
-
-        Raises:
-            ImageError: an image that is fed back cannot be decoded.
         """
         self.num_slices += 1
         image: tuple[Part, ...] = ()
@@ -274,10 +276,14 @@ class InterleavedAnswer:
                 return NextStep(text, is_complete=True)
         read_text = (text,) if text.strip() else ()
         if hit is not None and image:
-            sequence = self._render_next(renderer, (*image, *read_text))
-            if self.fits(num_cached, sequence):
-                return NextStep(text, sequence, is_fed_back=True)
-            logger.warning(f"{hit.id}: shown and not read, it does not fit the model's window")
+            try:
+                sequence = self._render_next(renderer, (*image, *read_text))
+                if self.fits(num_cached, sequence):
+                    return NextStep(text, sequence, is_fed_back=True)
+                reason = "it does not fit the model's window"
+            except ImageError as error:
+                reason = str(error)
+            logger.warning(f"{hit.id}: shown and not read: {reason}")
         return NextStep(text, self._render_next(renderer, read_text) if read_text else None)
 
     def _render_next(self, renderer: Renderer, parts: Parts) -> TokenSequence:
@@ -343,8 +349,8 @@ def interleave(
             beach: {image} Then {image}.`` Nothing is generated then, and `max_new_tokens` and
             `temperature` have no meaning.
         feed_back: let the model read every image that it shows, so that the following text depends
-            on it. An image that does not fit the model's window is shown and not read, which is
-            logged.
+            on it. An image that is broken or does not fit the model's window is shown and not read,
+            which is logged.
         images: threshold, filter and number of images.
         max_new_tokens: longest answer in tokens, at which it is cut. A sentence that is cut there
             gets no image.
@@ -353,9 +359,10 @@ def interleave(
     Raises:
         ModelError: a model that only embeds, or whose embeddings are means over all tokens.
         RetrievalError: an index of another model, or a filter on metadata that no document has.
-        ConfigError: a template without ``{image}``, or no chat template.
+        ConfigError: a template without ``{image}`` or with more than `images.max_images`, or a
+            checkpoint without a chat template.
         DataError: a conversation that is too long or whose turns the chat template refuses.
-        ImageError: an image of the conversation or, with `feed_back`, of the index is broken.
+        ImageError: an image of the conversation cannot be decoded.
     """
     index.check_model(model)
     request = Request(max_new_tokens, sampling_params=SamplingParams(temperature))

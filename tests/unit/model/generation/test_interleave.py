@@ -214,6 +214,15 @@ def test_an_image_that_does_not_fit_the_window_is_not_fed_back(model, script, mo
     assert "image-0: shown and not read" in caplog.text
 
 
+def test_a_broken_image_is_shown_and_does_not_end_the_answer(model, script, caplog):
+    broken = FakeHit("broken", ImageRef(data=b"no image"), 0.5)
+    events = run(model, FakeIndex(broken), feed_back=True, max_new_tokens=99)
+    (image,) = [event for event in events if isinstance(event, RetrievedImage)]
+    assert not image.is_fed_back
+    assert "".join(event for event in events if isinstance(event, str)) == " ".join(SENTENCES)
+    assert "broken: shown and not read" in caplog.text
+
+
 def test_concurrent_answers_equal_those_of_one_at_a_time(model):
     """Two interleaved answers with images of their own, and a plain one, share one batch."""
 
@@ -266,6 +275,7 @@ def test_concurrent_answers_equal_those_of_one_at_a_time(model):
     ("options", "error", "message"),
     [
         ({"template": "no place"}, ConfigError, r"template: no place of an image"),
+        ({"template": "{image}" * 9}, ConfigError, r"template: 9 places .* at most 8"),
         ({"max_new_tokens": 1 << 20}, DataError, r"messages: .* the model's window is"),
     ],
 )
