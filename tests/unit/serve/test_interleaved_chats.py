@@ -155,6 +155,14 @@ def test_template_gets_an_image_at_every_place_and_nothing_is_generated(
     assert len(body["sources"]) == template.count("{image}")
 
 
+def test_image_without_a_url_is_not_retrieved(server: RunningServer) -> None:
+    """Of the group, four documents have an image with a URL, one without, and one has a text."""
+    options = {"template": "{image}" * 6, "where": {"group": "a"}}
+    status, body = server.request(CHAT, chat_body(retrieval=options))
+    assert status == 200
+    assert sorted(hit["id"] for hit in body["sources"]) == [f"image {i}" for i in (0, 2, 4, 6)]
+
+
 def test_image_that_does_not_fit_the_window_is_not_read(
     server: RunningServer, duet: DuetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
