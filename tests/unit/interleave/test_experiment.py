@@ -98,7 +98,8 @@ def test_the_right_image_of_an_early_turn_has_another_name(files):
         assert len(dialog.list_messages([None, None])) == 6
 
 
-def test_everything_is_measured_and_reported(files, tmp_path):
+def test_everything_is_measured_and_reported(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(searches, "MAX_NEW_TOKENS", 8)
     prompts = Prompts(chat=True)
     model = tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", prompts=prompts))
 
