@@ -104,9 +104,13 @@ def info(
 
     A model that embeds otherwise, or cannot be opened, is an error. Nothing is written.
     """
+    from vlduet.hub import resolve_model
+    from vlduet.model.card import POSITIONS_KEY, find_slice_positions
+    from vlduet.model.checkpoint import read_provenance
     from vlduet.model.duet import DuetModel
 
     model = DuetModel.from_pretrained(folder)
+    positions = find_slice_positions(read_provenance(resolve_model(folder)))
     trained = [*model.own_tensors().values(), *model.adapter_tensors().values()]
     facts = {
         "folder": str(folder),
@@ -118,6 +122,7 @@ def info(
         **model.embedding_settings(),
         "limits": model.limits.to_dict(),
         "calibrated": model.score_statistics is not None,
+        POSITIONS_KEY: None if positions is None else list(positions),
         "image_backend": model.image_backend,
         "fingerprint": model.fingerprint,
     }
@@ -125,7 +130,8 @@ def info(
         print_json(facts)
         return
     for name, value in facts.items():
-        print_text(f"{name:14} {json.dumps(value) if isinstance(value, dict) else value}")
+        is_plain = isinstance(value, str | int)
+        print_text(f"{name:16} {value if is_plain else json.dumps(value)}")
 
 
 @app.command()

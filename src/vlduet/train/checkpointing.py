@@ -28,6 +28,7 @@ from vlduet.hub import Kind, list_commits
 from vlduet.integrity import describe_damage, seal_manifest, verify_manifest
 from vlduet.library_errors import translate_library_errors
 from vlduet.logs import logger
+from vlduet.model.card import POSITIONS_KEY, SLICE_POSITIONS
 from vlduet.recipes.registry import find_recipe
 from vlduet.structured_files import read_json_object
 from vlduet.train.run import TrainingRun
@@ -166,11 +167,28 @@ def build_provenance(run: TrainingRun) -> dict[str, Any]:
         "options": asdict(options),
         "steps": run.num_steps,
         "records": [len(source.records) for source in run.sources],
+        POSITIONS_KEY: find_trained_positions(run),
         "hub": list_commits(_list_names(run.config)),
         "vlduet": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def find_trained_positions(run: TrainingRun) -> list[str]:
+    """Return in which of `SLICE_POSITIONS` a run trains embeddings at the ends of slices.
+
+    These have the loss `structure`, if it has a weight and there are records for it.
+    """
+    if "structure" not in run.loss_weights():
+        return []
+    kinds = {
+        record.kind
+        for source in run.sources
+        for record in source.records
+        if "structure" in run.recipe.find_losses(record)
+    }
+    return [name for name, kind in SLICE_POSITIONS.items() if kind in kinds]
 
 
 def _list_names(config: RunConfig) -> list[tuple[Path | None, Kind]]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
 from helpers import runs
 from vlduet import config
-from vlduet.train.checkpointing import load_state, save_state
+from vlduet.config import parse_options
+from vlduet.data.records import Message, Record
+from vlduet.recipes.registry import find_recipe
+from vlduet.train.checkpointing import find_trained_positions, load_state, save_state
 from vlduet.train.loader import iterate_batches
 from vlduet.train.run import TrainingRun
 from vlduet.train.setup import prepare_run
@@ -40,3 +46,30 @@ def test_a_state_restores_tensors_moments_and_the_step(tmp_path: Path) -> None:
     for moments, expected in zip(list_moments(resumed), expected_moments, strict=True):
         assert moments[0] == expected[0] == 1.0
         assert torch.equal(moments[1], expected[1]) and torch.equal(moments[2], expected[2])
+
+
+CHAT = Record("c", messages=(Message("user", ("What?",)), Message("assistant", ("A boat.",))))
+DOCUMENT = Record("d", parts=("One.", "Two."))
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "options", "weight", "expected"),
+    [
+        ("duet", [DOCUMENT, CHAT], {}, 0.3, ["answers", "documents"]),
+        ("duet", [CHAT], {}, 0.3, ["answers"]),
+        ("duet", [CHAT, DOCUMENT], {"structure_on": "documents"}, 0.3, ["documents"]),
+        ("duet", [CHAT, DOCUMENT], {}, 0.0, []),
+        ("sugar", [CHAT, DOCUMENT], {}, 0.3, ["documents"]),
+        ("vladva", [CHAT, DOCUMENT], {}, 0.3, []),
+    ],
+)
+def test_positions_are_those_that_the_structure_loss_has_records_for(
+    name: str, records: list[Record], options: dict[str, Any], weight: float, expected: list[str]
+) -> None:
+    recipe = find_recipe(name)
+    weights = {"language": 1.0} | ({"structure": weight} if weight else {})
+    bound = recipe.bind(parse_options(recipe.options, options, place="recipe"), weights)
+    run: Any = SimpleNamespace(
+        recipe=bound, sources=[SimpleNamespace(records=records)], loss_weights=lambda: weights
+    )
+    assert find_trained_positions(run) == expected
