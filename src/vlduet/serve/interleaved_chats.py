@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ImageError, RetrievalError
-from vlduet.logs import logger
 from vlduet.model.conversation import render_continuation
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation.continuous import Delta, Request
@@ -146,22 +146,25 @@ class ImageSearches:
         return step is not None and (not template or step.is_complete or step.sequence is not None)
 
     def _advance(self, paused: PausedChat) -> None:
-        """Add the image that was found to the outputs, and decode it if it is fed back.
-
-        One that cannot be decoded is shown and not fed back, which is logged.
-        """
+        """Add the image that was found to the outputs, and decode it if it is fed back."""
         hit, counts = paused.hit, paused.request.image_counts
-        prepared: dict[Any, PreparedImage] = {}
+        prepared: PreparedImage | ImageError | None = None
         if hit is not None:
             paused.outputs.append(AnswerImage(hit))
             counts.retrieved += 1
         if paused.needs_image and hit is not None and hit.image is not None:
             try:
-                prepared[hit.image] = self.model.prepare_image(hit.image)
+                prepared = self.model.prepare_image(hit.image)
             except ImageError as error:
-                logger.warning("%s: shown and not read: %s", hit.id, error)
-                hit = replace(hit, image=None)
-        renderer = self.model.renderer.with_options(prepare_image=prepared.__getitem__)
+                prepared = error
+
+        def get_prepared(_: ImageRef) -> PreparedImage:
+            if isinstance(prepared, ImageError):
+                raise prepared
+            assert prepared is not None
+            return prepared
+
+        renderer = self.model.renderer.with_options(prepare_image=get_prepared)
         answer = paused.interleaving.answer
         with self._render_lock:
             step = answer.advance(renderer, hit, paused.slice_end, num_cached=paused.num_cached)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vlduet.errors import DataError
-from vlduet.model.generation.interleave import IMAGE_SLOT, ImageOptions
+from vlduet.model.generation.interleave import ImageOptions
 from vlduet.retrieval.rag import Scope
 from vlduet.serve.content import MAX_IMAGES, MAX_TEXT_CHARS
 from vlduet.serve.schemas import Where
@@ -44,7 +44,10 @@ class InterleavedRetrieval(RetrievalFields):
         None, description="Lowest score of an image; without it the best one follows each sentence."
     )
     max_images: int | None = Field(
-        None, ge=1, le=MAX_IMAGES, description="Most images of the answer; 8 if absent."
+        None,
+        ge=1,
+        le=MAX_IMAGES,
+        description="Most images of the answer; 8 if absent, or with a template as many as it has.",
     )
     feed_back: bool = Field(
         False,
@@ -56,21 +59,13 @@ class InterleavedRetrieval(RetrievalFields):
     )
 
     def image_options(self) -> ImageOptions:
-        """Return which images the answer gets; each place of a template gets one.
-
-        Raises DataError for a template with more places than `max_images`, or with a threshold.
-        """
+        """Return which images the answer gets; raise DataError for a template with a threshold."""
         if self.template is None:
             return ImageOptions(self.threshold, self.where, self.max_images or DEFAULT_MAX_IMAGES)
-        num_places = self.template.count(IMAGE_SLOT)
-        limit = self.max_images or MAX_IMAGES
-        if num_places > limit:
-            fix = f"Write {limit} at most" + (", or raise max_images" if self.max_images else "")
-            raise DataError(f"{num_places} images", place="retrieval.template", fix=fix)
         if self.threshold is not None:
             fix = "Leave it out: every place of a template gets the best image"
             raise DataError("a threshold for a template", place="retrieval.threshold", fix=fix)
-        return ImageOptions(None, self.where, max(1, num_places))
+        return ImageOptions(None, self.where, self.max_images or MAX_IMAGES)
 
 
 MODES: dict[str, type[RetrievalFields]] = {

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from vlduet.data.records import Conversation, ImageRef, Message, Part, Parts
+from vlduet.data.records import Conversation, ImageRef, Message, Part
 from vlduet.data.sequences import Sequence as TokenSequence
 from vlduet.errors import ConfigError, DataError, ImageError, ModelError
 from vlduet.logs import logger
@@ -277,20 +277,19 @@ class InterleavedAnswer:
         read_text = (text,) if text.strip() else ()
         if hit is not None and image:
             try:
-                sequence = self._render_next(renderer, (*image, *read_text))
+                sequence = render_continuation(renderer, (*image, *read_text))
                 if self.fits(num_cached, sequence):
+                    self.request.read_span = find_read_span(sequence)
                     return NextStep(text, sequence, is_fed_back=True)
                 reason = "it does not fit the model's window"
             except ImageError as error:
                 reason = str(error)
             logger.warning(f"{hit.id}: shown and not read: {reason}")
-        return NextStep(text, self._render_next(renderer, read_text) if read_text else None)
-
-    def _render_next(self, renderer: Renderer, parts: Parts) -> TokenSequence:
-        """Return the tokens of parts, and set the place that `request` reads there."""
-        sequence = render_continuation(renderer, parts)
+        if not read_text:
+            return NextStep(text)
+        sequence = render_continuation(renderer, read_text)
         self.request.read_span = find_read_span(sequence)
-        return sequence
+        return NextStep(text, sequence)
 
     def fits(self, num_cached: int, sequence: TokenSequence) -> bool:
         """Return whether further tokens and the rest of the answer fit the model's window."""

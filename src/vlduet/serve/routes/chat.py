@@ -34,9 +34,9 @@ from vlduet.serve.content import (
     make_discriminator,
     to_parts,
 )
+from vlduet.serve.index_images import UrlImages
 from vlduet.serve.interleaved_chats import check_image_index
 from vlduet.serve.openapi import describe_body
-from vlduet.serve.index_images import UrlImages
 from vlduet.serve.resources import Resources, await_while_connected, json_response
 from vlduet.serve.retrieval_options import (
     ContextRetrieval,
