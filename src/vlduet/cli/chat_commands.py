@@ -117,8 +117,8 @@ class ChatCommands:
     def _attach_image(self, argument: str) -> None:
         number = self.session.attach(parse_path(argument))
         count = len(self.session.attached)
-        images = "1 image" if count == 1 else f"{count} images"
-        print_line(f"image {number}; the next message has {images}")
+        others = "" if count == 1 else f", which has {count} images"
+        print_line(f"image {number} is attached to the next message{others}")
 
     def _search(self, argument: str) -> None:
         hits = self.session.search(argument)
@@ -141,14 +141,14 @@ class ChatCommands:
     def _open_image(self, argument: str) -> None:
         if not (argument.isascii() and argument.isdigit()) or len(argument) > 9:
             raise ConfigError("/open takes the number of an image", fix="Write, say, /open 1")
-        file = self.session.locate_image(int(argument))
+        number = int(argument)
+        file = self.session.locate_image(number)
         viewer = find_viewer()
         if viewer is None:
-            print_line(f"{file} (there is no display to open it on)")
-        elif open_in_viewer(viewer, file):
-            print_line(f"opened {file}")
-        else:
-            print_line(f"{file} (the viewer {viewer} failed)")
+            print_notice("There is no display to open it on.")
+        elif not open_in_viewer(viewer, file):
+            print_notice(f"The viewer {viewer} failed.")
+        print_line(f"image {number}: {file}")
 
     def _clear(self, argument: str) -> None:
         self.session.clear()

@@ -245,12 +245,14 @@ def test_images_are_opened_by_number_and_without_a_shell(
     for Process.outcome in (None, 0, 3):
         commands.run("/open 1")
     assert started == 3 * [["/usr/bin/viewer", str(image)]]
+    commands.run("/image -a; $(b).png")
+    line = f"image 1: {image}"
     assert capsys.readouterr().out.splitlines() == [
-        "image 1; the next message has 1 image",
-        f"{image} (there is no display to open it on)",
-        f"opened {image}",
-        f"opened {image}",
-        f"{image} (the viewer /usr/bin/viewer failed)",
+        "image 1 is attached to the next message",
+        *("(There is no display to open it on.)", line),
+        *(line, line),
+        *("(The viewer /usr/bin/viewer failed.)", line),
+        "image 1 is attached to the next message, which has 2 images",
     ]
 
 
