@@ -32,6 +32,7 @@ DROP = """
 }
 """
 CARD = "#results .card"
+DESKTOP = (1000, 760)
 HAS_VISIBLE_FOCUS = """
 (() => {
   const focused = document.activeElement;
@@ -50,7 +51,7 @@ def open_browser() -> Iterator[Browser]:
         pytest.skip("needs Chromium; on Debian: apt-get install chromium")
     with playwright.sync_playwright() as manager:
         # Without a sandbox, which root cannot have: the pages are our own.
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--in-process-gpu"]
         browser = manager.chromium.launch(executable_path=paths[0], args=arguments)
         yield browser
         browser.close()
@@ -59,18 +60,15 @@ def open_browser() -> Iterator[Browser]:
 class WatchedPage:
     """A page whose requests, errors and violations of its content policy are noted.
 
-    Args:
-        browser: browser in which a new context with one page is opened.
-        url: address of the server, ending with a slash.
-        options: options of the context, such as `viewport` and `color_scheme`.
+    One page serves many tests: to open another costs most of a second of CPU time.
     """
 
-    def __init__(self, browser: Browser, url: str, **options: Any):
-        self.url = url
-        self.context = browser.new_context(**options)
-        self.context.set_default_timeout(20_000)
-        self.context.add_init_script(NOTE_VIOLATIONS)
-        self.page: Page = self.context.new_page()
+    def __init__(self, browser: Browser):
+        self.page: Page = browser.new_page()
+        self.page.set_default_timeout(20_000)
+        self.page.add_init_script(NOTE_VIOLATIONS)
+        self.url = ""
+        self.num_visits = 0
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -82,15 +80,33 @@ class WatchedPage:
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.errors.append(message.text)
 
-    def close(self) -> None:
-        """Close the page; fail if it had an error, a violation, or a request to elsewhere."""
-        if self.page.is_closed():
-            return
+    def visit(
+        self, url: str, *, part: str = "", size: tuple[int, int] = DESKTOP, scheme: Any = "light"
+    ) -> None:
+        """Load the page of a server anew, with nothing left of earlier visits.
+
+        Args:
+            url: address of the server, ending with a slash.
+            part: "search" or "chat"; "" leaves the choice to the page.
+            size: width and height of the window in pixels.
+            scheme: colours of the system, "light" or "dark".
+        """
+        self.page.unroute_all()
+        self.page.set_viewport_size({"width": size[0], "height": size[1]})
+        self.page.emulate_media(color_scheme=scheme)
+        self.url = url
+        self.num_visits += 1
+        self.page.goto(f"{url}?{self.num_visits}#{part}")
+
+    def check(self) -> None:
+        """Fail if there was an error, a violation, or a request to elsewhere; forget all notes."""
         violations = self.page.evaluate("window.violations")
-        self.context.close()
         own = (self.url, "blob:", "data:")
         elsewhere = [url for url in self.requests if not url.startswith(own)]
-        assert (self.errors, violations, elsewhere) == ([], [], [])
+        notes = (self.errors.copy(), violations, elsewhere)
+        self.errors.clear()
+        self.requests.clear()
+        assert notes == ([], [], [])
 
     def drop(self, name: str, data: bytes, media_type: str = "image/png") -> None:
         """Drop a file on the page."""

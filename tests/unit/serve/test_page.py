@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,14 +36,11 @@ from vlduet.serve.app import Service
 from vlduet.serve.page_files import PAGE_FILES
 from vlduet.serve.worker import Worker
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser
-
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 HOSTILE = '<img src=x onerror="window.hacked=1"><b>bold</b>'
 HOSTILE_ID = "\"><script>window.hacked=1</script>/'#?&"
 NUM_DOCUMENTS = 30
-PHONE = {"width": 360, "height": 740}
+PHONE = (360, 740)
 
 
 def paint(colour: tuple[int, int, int]) -> bytes:
@@ -83,32 +80,26 @@ def server(duet: DuetModel, index: Index) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
+def watched() -> Iterator[WatchedPage]:
+    with open_browser() as browser:
+        yield WatchedPage(browser)
 
 
 OpenPage = Callable[..., WatchedPage]
 
 
 @pytest.fixture
-def open_page(server: RunningServer, browser: Browser) -> Iterator[OpenPage]:
-    """Return a function that opens the page; at the end all of them must be without errors."""
-    opened: list[WatchedPage] = []
+def open_page(server: RunningServer, watched: WatchedPage) -> Iterator[OpenPage]:
+    """Return a function that opens the page; the fixture fails if the page had any error."""
 
-    def open_one(
-        path: str = "", *, port: int | None = None, wait: bool = True, **options: Any
-    ) -> WatchedPage:
-        watched = WatchedPage(browser, f"http://127.0.0.1:{port or server.port}/", **options)
-        opened.append(watched)
-        watched.page.goto(watched.url + path)
-        if wait:
+    def visit(*, port: int | None = None, is_ready: bool = True, **options: Any) -> WatchedPage:
+        watched.visit(f"http://127.0.0.1:{port or server.port}/", **options)
+        if is_ready:
             watched.page.wait_for_selector("#page-status", state="hidden")
         return watched
 
-    yield open_one
-    for watched in opened:
-        watched.close()
+    yield visit
+    watched.check()
 
 
 # ------------------------------------------------------------------ search
@@ -201,7 +192,7 @@ def test_errors_of_the_server_are_explained(open_page: OpenPage) -> None:
 
 
 def test_a_chat_streams_from_the_model_with_images(open_page: OpenPage) -> None:
-    watched = open_page("#chat")
+    watched = open_page(part="chat")
     page = watched.page
     page.get_by_label("Retrieval").select_option("off")
     page.get_by_text("Options").click()
@@ -224,7 +215,7 @@ def test_a_chat_streams_from_the_model_with_images(open_page: OpenPage) -> None:
 
 
 def test_images_lie_on_pink_and_text_on_blue_and_are_sent_back(open_page: OpenPage) -> None:
-    page = open_page("#chat").page
+    page = open_page(part="chat").page
     hit = {"rank": 1, "score": 0.5, "id": "red 0", "text": HOSTILE, "metadata": {"a": HOSTILE}}
     url = "/v1/images/red%200"
     hit |= {"image": url, "p": 0.00123}
@@ -234,11 +225,11 @@ def test_images_lie_on_pink_and_text_on_blue_and_are_sent_back(open_page: OpenPa
     page.get_by_label("Retrieval").select_option("interleave")
     page.get_by_text("Options").click()
     page.get_by_label("Lowest score of an image").fill("0.2")
-    page.get_by_label("The model sees each image").check()
+    page.get_by_label("Let the model see the images").check()
     ask(page, "Tell a story.")
     retrieval = {"mode": "interleave", "threshold": 0.2, "max_images": 4}
     assert bodies[0]["retrieval"] == retrieval | {"feed_back": True}
-    flow = page.locator(".flow > *")
+    flow = page.locator(".generated, .retrieved")
     assert flow.evaluate_all("all => all.map(e => e.className)") == [
         "generated",
         "retrieved",
@@ -257,7 +248,7 @@ def test_images_lie_on_pink_and_text_on_blue_and_are_sent_back(open_page: OpenPa
 
 
 def test_sources_of_an_answer_can_be_opened(open_page: OpenPage) -> None:
-    page = open_page("#chat").page
+    page = open_page(part="chat").page
     sources = [{"rank": 1, "score": 0.5, "id": "text 1", "text": "a text", "metadata": {}}]
     bodies = answer_with(page, stream_of({"content": "Yes."}, sources=sources, finish="length"))
     page.get_by_label("Retrieval").select_option("context")
@@ -274,7 +265,7 @@ def test_an_answer_can_be_stopped_and_a_refused_question_comes_back(
     open_page: OpenPage, duet: DuetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(duet.renderer, "eos_token_ids", [])
-    page = open_page("#chat").page
+    page = open_page(part="chat").page
     page.get_by_label("Retrieval").select_option("off")
     page.get_by_text("Options").click()
     page.get_by_label("Longest answer, in tokens").fill("99999")
@@ -327,7 +318,7 @@ def test_with_keys_the_page_asks_for_one_and_images_are_fetched_with_it(
         for path in PAGE_FILES:
             assert server.send(path).status == 200
         assert server.send("/page/none.js").status == 401
-        watched = open_page(port=server.port, wait=False)
+        watched = open_page(port=server.port, is_ready=False)
         page = watched.page
         for key in ("wrong", "s3cret"):
             page.get_by_label("Key", exact=True).fill(key)
@@ -345,11 +336,11 @@ def test_with_keys_the_page_asks_for_one_and_images_are_fetched_with_it(
             page.get_by_role("button", name="Forget the key").click()
         page.get_by_label("Key", exact=True).wait_for()
         assert all("s3cret" not in url for url in watched.requests)
-        watched.close()
+        watched.check()
 
 
 def test_only_what_the_server_offers_is_visible(open_page: OpenPage) -> None:
-    watched = open_page(wait=False)
+    watched = open_page(is_ready=False)
     page = watched.page
     for chat, has_index, parts in (
         (True, False, ["chat"]),
@@ -359,7 +350,7 @@ def test_only_what_the_server_offers_is_visible(open_page: OpenPage) -> None:
         capabilities = {"chat": chat, "search": has_index}
         body = {"data": [{"id": "tiny", "capabilities": capabilities}]}
         page.route("**/v1/models", lambda route, _, body=body: route.fulfill(json=body))
-        page.goto(f"{watched.url}?{chat}{has_index}")
+        page.reload()
         page.get_by_text("tiny").first.wait_for()
         for part in ("search", "chat"):
             expected = "visible" if part in parts else "hidden"
@@ -409,7 +400,7 @@ def test_everything_is_reached_by_the_keyboard(open_page: OpenPage) -> None:
 def test_a_phone_shows_everything_without_scrolling_sideways(
     open_page: OpenPage, scheme: str
 ) -> None:
-    page = open_page(viewport=PHONE, color_scheme=scheme).page
+    page = open_page(size=PHONE, scheme=scheme).page
     page.get_by_text("Filters", exact=True).click()
     search(page, "a square")
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -417,14 +408,14 @@ def test_a_phone_shows_everything_without_scrolling_sideways(
     assert (brightness < 60) if scheme == "dark" else (brightness > 200)
     answer_with(page, stream_of({"content": "word" * 100}))
     width = "document.documentElement.scrollWidth"
-    assert page.evaluate(width) == PHONE["width"]
+    assert page.evaluate(width) == PHONE[0]
     page.locator(".card-open").first.click()
     assert page.locator("#document-dialog").evaluate("d => d.scrollWidth <= innerWidth")
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="Chat").click()
     page.get_by_text("Options").click()
     ask(page, "a" * 200)
-    assert page.evaluate(width) == PHONE["width"]
+    assert page.evaluate(width) == PHONE[0]
 
 
 # ------------------------------------------------------------------ without a browser
