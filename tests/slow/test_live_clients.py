@@ -75,6 +75,44 @@ def test_openai_python_gets_sources(client: Any, server: LiveServer) -> None:
     assert len(sources) == 2 and {"id", "score", "text", "image"} <= sources[0].keys()
 
 
+def test_openai_python_gets_interleaved_answers(client: Any, server: LiveServer) -> None:
+    """A whole answer has a list of parts; a stream is read as text."""
+    question = {"role": "user", "content": "Describe a red square and a blue square."}
+    options: dict[str, Any] = {"model": server.model, "max_tokens": 40, "temperature": 0}
+    body = {"retrieval": {"mode": "interleave", "feed_back": True, "max_images": 2}}
+    answer = client.chat.completions.create(messages=[question], extra_body=body, **options)
+    parts = answer.choices[0].message.content
+    text = "".join(part.get("text", "") for part in parts)
+    hits = [part["hit"] for part in parts if part["type"] == "image_url"]
+    assert text and hits == answer.model_extra["sources"]
+    assert answer.model_extra["images"]["retrieved"] == len(hits)
+    with client.chat.completions.create(
+        messages=[question], extra_body=body, stream=True, **options
+    ) as stream:
+        deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas).strip() == text.strip()
+    streamed = [part for delta in deltas for part in (delta.model_extra or {}).get("parts", ())]
+    assert [part["hit"]["id"] for part in streamed] == [hit["id"] for hit in hits]
+    earlier = {"role": "assistant", "content": parts}
+    messages = [question, earlier, {"role": "user", "content": "And another one?"}]
+    answer = client.chat.completions.create(messages=messages, extra_body=body, **options)
+    assert answer.model_extra["images"]["left_out"] == 0
+
+
+def test_openai_python_gets_an_image_at_every_place_of_a_template(
+    client: Any, server: LiveServer
+) -> None:
+    options = {"mode": "interleave", "template": "One: {image} Two: {image}."}
+    answer = client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": "Show squares."}],
+        extra_body={"retrieval": options},
+    )
+    kinds = [part["type"] for part in answer.choices[0].message.content]
+    assert kinds == ["text", "image_url", "text", "image_url", "text"]
+    assert answer.usage.completion_tokens == 0
+
+
 def test_openai_python_reads_errors(client: Any, server: LiveServer) -> None:
     import openai
 
@@ -146,6 +184,14 @@ const answer = await client.chat.completions.create(request);
 let text = "";
 for await (const chunk of await client.chat.completions.create({ ...request, stream: true }))
   text += chunk.choices[0]?.delta?.content ?? "";
+const template = "One: {image} Two: {image}.";
+const interleaved = { ...request, retrieval: { mode: "interleave", template } };
+const whole = await client.chat.completions.create(interleaved);
+let story = "", images = [];
+for await (const chunk of await client.chat.completions.create({ ...interleaved, stream: true })) {
+  story += chunk.choices[0]?.delta?.content ?? "";
+  images.push(...(chunk.choices[0]?.delta?.parts ?? []).map((part) => part.image_url.url));
+}
 let status = 0;
 try { await client.embeddings.create({ model, input: [[1, 2]] }); }
 catch (error) { status = error.status; }
@@ -153,7 +199,8 @@ console.log(JSON.stringify({
   vectors: embeddings.data.map((item) => item.embedding),
   floats: floats.data.map((item) => item.embedding),
   tokens: embeddings.usage.total_tokens,
-  answer: answer.choices[0].message.content, text, status,
+  answer: answer.choices[0].message.content, text, status, story, images,
+  parts: whole.choices[0].message.content,
 }));
 """
 
@@ -182,3 +229,6 @@ def test_openai_for_node_embeds_chats_and_streams(node_project: Path, server: Li
         assert vector == pytest.approx(floats, abs=1e-5)
     assert result["tokens"] > 4 and result["status"] == 400
     assert result["answer"].strip() == result["text"].strip()
+    assert result["story"] == "".join(part.get("text", "") for part in result["parts"])
+    urls = [part["image_url"]["url"] for part in result["parts"] if "image_url" in part]
+    assert len(urls) == 2 and urls == result["images"]
