@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
-from vlduet.data.records import Conversation, ImageRef, Message, Part, Parts
+from vlduet.data.records import Conversation, Message, Part, Parts
 from vlduet.errors import RetrievalError, quote_value
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.filters import Where
@@ -224,18 +224,6 @@ def add_references(
                 parts.append(reference)
         parts.append("[/references]\n")
     return (*earlier, replace(last, parts=(*parts, *last.parts)))
-
-
-def build_messages(
-    question: str,
-    sources: Sequence[Hit],
-    *,
-    image: ImageRef | None = None,
-    with_images: bool = False,
-) -> Conversation:
-    """Return one user message: references as by `add_references`, image, question."""
-    parts = (question,) if image is None else (image, question)
-    return add_references((Message("user", parts),), sources, with_images=with_images)
 
 
 def _format_parts(parts: Parts) -> str:
