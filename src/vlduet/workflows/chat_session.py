@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from vlduet.data.image_formats import IMAGE_SUFFIXES
 from vlduet.data.images import load_image, read_bytes, write_image_file
 from vlduet.data.records import ImageRef, Message, Part, Parts
-from vlduet.errors import ConfigError, DataError, RetrievalError, quote_value
+from vlduet.errors import ConfigError, DataError, ImageError, RetrievalError, quote_value
+from vlduet.logs import logger
 from vlduet.model.generation.inputs import require_lm_head
 from vlduet.retrieval.filters import Where, parse_conditions
 from vlduet.retrieval.rag import Scope, add_references, prepare_prompt
@@ -338,14 +339,18 @@ class ChatSession:
     def _append_event(self, answered: list[Part], event: TextDelta | RetrievedImage[Hit]) -> None:
         """Append what later turns have of an event: a text, or with feed-back a copy of an image.
 
-        Raises ImageError if the image cannot be read.
+        An image that cannot be read is left out, which is logged.
         """
         from vlduet.model.generation.interleave import TextDelta
 
         if not isinstance(event, TextDelta):
-            if self.settings.feed_back:
-                assert event.hit.image is not None
-                answered.append(self._copy_image(event.hit.image))
+            image = event.hit.image
+            if self.settings.feed_back and image is not None:
+                try:
+                    load_image(image)  # later turns would fail if it were broken
+                    answered.append(self._copy_image(image))
+                except ImageError as error:
+                    logger.warning(f"{event.hit.id}: not part of later turns: {error}")
         elif answered and isinstance(answered[-1], str):
             answered[-1] += event.text
         else:

@@ -195,7 +195,7 @@ def test_the_scope_selects_what_is_searched_for(
 
 
 def test_images_of_an_interleaved_answer_are_later_read_with_feed_back_alone(
-    searching: ChatSession, script: AnswerScript, index: Index
+    searching: ChatSession, script: AnswerScript, index: Index, caplog: pytest.LogCaptureFixture
 ) -> None:
     (hit,) = searching.search("red", k=1)
     script.events = [TextDelta("A square."), RetrievedImage(hit, 0, 0.5), TextDelta(" Then more. ")]
@@ -214,6 +214,11 @@ def test_images_of_an_interleaved_answer_are_later_read_with_feed_back_alone(
     image = searching.turns[-1].parts[1]
     assert isinstance(image, ImageRef) and image.path and image.path != hit.image.path
     assert searching.number_image(hit.image) == 1
+    broken = replace(hit, image=ImageRef(path=Path("/nowhere/gone.png")))
+    script.events = [TextDelta("Gone."), RetrievedImage(broken, 0, 0.5)]
+    assert list(searching.answer("Once more.")) == script.events
+    assert message_texts(searching.turns)[-1] == "assistant: Gone."
+    assert f"{hit.id}: not part of later turns: /nowhere/gone.png: no such image" in caplog.text
 
 
 def test_documents_that_are_added_meanwhile_are_retrieved(
