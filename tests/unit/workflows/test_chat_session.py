@@ -355,10 +355,20 @@ def test_a_model_that_cannot_answer_is_refused_at_once(
             ChatSession(model, opened, folder=tmp_path)
 
 
-def test_a_tiny_model_answers(model: DuetModel, index: Index, tmp_path: Path) -> None:
-    settings = ChatSettings(retrieval="context", max_new_tokens=8)
+def test_a_tiny_model_answers_in_every_mode(model: DuetModel, index: Index, tmp_path: Path) -> None:
+    settings = ChatSettings(retrieval="context", max_new_tokens=8, feed_back=True)
     session = ChatSession(model, index, folder=tmp_path, settings=settings)
     session.attach(paint(tmp_path / "red.png", (255, 0, 0)))
     sources, *deltas = session.answer("What?")
     assert isinstance(sources, Sources) and len(sources.hits) == 3
     assert all(isinstance(delta, TextDelta) for delta in deltas)
+    session.turns = [
+        Message("user", ("What?",)),
+        Message("assistant", ("That.", tiny.random_image(), "It is.")),
+    ]
+    session.change(scope="dialog")
+    sources, *_ = session.answer("At night.")
+    assert isinstance(sources, Sources) and len(sources.hits) == 3
+    session.change(retrieval="interleave")
+    for event in session.answer("Show me."):
+        assert isinstance(event, TextDelta | RetrievedImage)
