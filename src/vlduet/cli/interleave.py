@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "Text of the page with {image} wherever an image is wanted; nothing is generated."
 THRESHOLD = "Lowest score of an image, from -1 to 1; by default every sentence gets its best one."
+MAX_IMAGES = "Number of images, at most; by default 8, or that of the places of a template."
 TEMPERATURE = "0 takes the likeliest token; more samples, always with the same seed."
 FEED_BACK = "Let the model see each retrieved image before it continues."
 
@@ -40,7 +41,7 @@ def interleave(
     images: ImageFiles = None,
     template: Annotated[str | None, typer.Option(metavar="TEXT", help=TEMPLATE)] = None,
     threshold: Annotated[float | None, typer.Option(help=THRESHOLD)] = None,
-    max_images: Annotated[int, typer.Option(min=1, help="Number of images, at most.")] = 8,
+    max_images: Annotated[int | None, typer.Option(min=1, help=MAX_IMAGES)] = None,
     where: Filters = None,
     feed_back: Annotated[bool, typer.Option("--feed-back", help=FEED_BACK)] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the text.")] = 128,
@@ -69,10 +70,11 @@ def interleave(
     for place, text in (("PROMPT", prompt), ("--template", template)):
         if text is not None and not text.strip():
             raise ConfigError("an empty text", place=place, fix="Write some words")
+    if template is not None and threshold is not None:
+        fix = "Leave one out: every place of a template gets its best image"
+        raise ConfigError("a threshold for a template", place="--threshold", fix=fix)
     num_places = (template or "").count(IMAGE_SLOT)
-    if num_places > max_images:
-        message = f"{num_places} places of images, and at most {max_images} images"
-        raise ConfigError(message, place="--template", fix=f"Add --max-images {num_places}")
+    max_images = max_images or max(ImageOptions().max_images, num_places)
     parts: Parts = (*[ImageRef(path=path) for path in images or ()], prompt)
     # All before the model is loaded, so that a wrong option does not cost an answer.
     require_regular_file(to, error_class=ConfigError)
@@ -96,8 +98,7 @@ def interleave(
             "index": f"{folder.resolve().name}, {opened.count()} documents",
         }
         command = shlex.join(["vlduet", *sys.argv[1:]])
-        story = tuple(p if isinstance(p, str) else _story_image(p) for p in content)
-        write_story(to, Story(parts, story, template is None, facts, command))
+        write_story(to, Story(parts, _story_content(content), template is None, facts, command))
     _print_result(to, content, folder=folder, as_json=as_json)
 
 
@@ -160,12 +161,19 @@ def _print_result(
         print_text(f"{to}: {num_images} {'image' if num_images == 1 else 'images'}")
 
 
-def _story_image(image: RetrievedImage[Hit]) -> StoryImage:
+def _story_content(content: list[str | RetrievedImage[Hit]]) -> tuple[str | StoryImage, ...]:
+    """Return the texts and images of an answer as those of the page."""
     from vlduet.reports.story import StoryImage
 
-    hit = image.hit
-    assert hit.image is not None, "documents without an image are not retrieved"
-    return StoryImage(hit.id, image.score, hit.image, hit.text, hit.metadata)
+    parts: list[str | StoryImage] = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append(part)
+        else:
+            hit = part.hit
+            assert hit.image is not None, "documents without an image are not retrieved"
+            parts.append(StoryImage(hit.id, part.score, hit.image, hit.text, hit.metadata))
+    return tuple(parts)
 
 
 def _part_fields(part: str | RetrievedImage[Hit]) -> dict[str, Any]:

@@ -134,25 +134,21 @@ def test_options_reach_the_model(run: Run, model: FakeWriter, page: Path, tmp_pa
         "temperature": 0.0,
     }
     options = ["--threshold", 0.5, "--max-images", 2, "--where", "year>2000", "--feed-back"]
-    options += [
-        "--max-new-tokens",
-        7,
-        "--temperature",
-        0.5,
-        "--template",
-        "A {image}.",
-        "--image",
-        photos[0],
-    ]
-    run(*options, "--image", photos[1])
+    options += ["--max-new-tokens", 7, "--temperature", 0.5]
+    run(*options, "--image", photos[0], "--image", photos[1])
     assert model.calls[1] == {
         "messages": (Message("user", (*[ImageRef(path=p) for p in photos], "Tell a story.")),),
-        "template": "A {image}.",
+        "template": "",
         "feed_back": True,
         "images": ImageOptions(threshold=0.5, where=["year>2000"], max_images=2),
         "max_new_tokens": 7,
         "temperature": 0.5,
     }
+    assert "One model wrote" in page.read_text(encoding="utf-8")
+    for count, max_images in ((2, 8), (9, 9)):
+        run("--template", "A {image}" * count)
+        assert model.calls[-1]["template"] == "A {image}" * count
+        assert model.calls[-1]["images"] == ImageOptions(max_images=max_images)
     assert "was given" in page.read_text(encoding="utf-8")
 
 
@@ -185,8 +181,8 @@ def test_an_impossible_page_is_an_error_before_the_model_is_loaded(
             run(*(["--template", ""] if options["prompt"].strip() else []), **options)
     with pytest.raises(RetrievalError, match="no document has metadata 'size'"):
         run("--where", "size=3")
-    with pytest.raises(ConfigError, match="2 places of images, and at most 1"):
-        run("--template", "A {image} B {image}", "--max-images", 1)
+    with pytest.raises(ConfigError, match="a threshold for a template"):
+        run("--template", "A {image}", "--threshold", 0)
     assert not model.calls
 
 
@@ -239,6 +235,6 @@ def test_examples_of_the_documentation_run(
         if block.language == "python":
             exec(compile(block.code, str(block), "exec"), {})
     assert (tmp_path / "story.html").is_file() and (tmp_path / "day.html").is_file()
-    assert model.calls[1]["template"].count("{image}") == 2
+    assert model.calls[1]["template"].count("{image}") == 3
     assert model.calls[-1]["images"] == ImageOptions(threshold=0.2, max_images=3)
     assert re.search(r"\[red 1.000, after slice \d\]", capsys.readouterr().out)
