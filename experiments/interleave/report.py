@@ -56,30 +56,31 @@ def format_page(results: dict[str, Results]) -> str:
 
 def format_model(title: str, content: Results) -> str:
     """Return the section of one model."""
-    machine = content["machine"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("vlduet", "torch", "transformers"))
-    lines = [
-        f"## {title}",
-        "",
-        f"`{content['command']}`, {content['minutes']} minutes with {machine['threads']} thread on"
-        f" {machine['processor']} ({versions}); fingerprint {content['model']['fingerprint']}.",
-        "",
-    ]
+    lines = [f"## {title}", "", f"Fingerprint {content['model']['fingerprint']}.", ""]
     for kind in TITLES:
-        lines += format_searches(kind, content[kind])
-    lines += format_nats(
-        "The true continuation",
-        content["continuations"],
-        f"Nats per token of the text that follows an image in its document, after different images"
-        f" ({len(content['continuations']['groups'])} places).",
-    )
-    lines += format_questions(content["questions"])
-    lines += format_nats(
-        "Plain answers after an image",
-        content["plain"],
-        "Nats per token of answers to plain questions, in a later turn than the image.",
-    )
+        if kind in content:
+            lines += format_searches(kind, content[kind])
+    if "documents" in content:
+        continuations = content["documents"]["continuations"]
+        description = "Nats per token of the text that follows an image in its document, after"
+        count = len(continuations["groups"])
+        description += f" different images ({count} places)."
+        lines += format_nats("The true continuation", continuations, description)
+    if "questions" in content:
+        lines += format_questions(content["questions"])
+        lines += format_nats(
+            "Plain answers after an image",
+            content["questions"]["plain"],
+            "Nats per token of answers to plain questions, in a later turn than the image.",
+        )
     return "\n".join(lines)
+
+
+def format_run(run: Results) -> str:
+    """Return the command, time, machine and versions of a part."""
+    versions = ", ".join(f"{name} {run[name]}" for name in ("vlduet", "torch", "transformers"))
+    cost = f"{run['minutes']} minutes of one core, {run['processor']} ({versions})"
+    return f"`{run['command']}`: {cost}."
 
 
 # ------------------------------------------------------------------ numbers
@@ -129,6 +130,8 @@ def format_searches(kind: str, searches: Results) -> list[str]:
     left_out = searches["left_out"]
     lines = [
         f"### {title}",
+        "",
+        format_run(searches["run"]),
         "",
         f"{len(set(searches['groups']))} {items} with {len(groups)} searches among"
         f" {searches['gallery']} images"
@@ -233,6 +236,8 @@ def format_questions(questions: Results) -> list[str]:
     count = len(next(iter(questions["correct"].values())))
     lines = [
         "### Questions about the retrieved image",
+        "",
+        format_run(questions["run"]),
         "",
         f'"What is shown?" about the image that {count} requests have retrieved, in a later turn;'
         f" {questions['num_right_images']} of them retrieved an image of the requested name."

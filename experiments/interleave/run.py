@@ -56,11 +56,14 @@ from vlduet.logs import install_log_handler, logger
 from vlduet.model.duet import DuetModel
 
 RESULTS_FOLDER = Path(__file__).parents[2] / "docs" / "results" / "interleave"
-NUM_COST_DOCUMENTS = 8
+NUM_COST_DOCUMENTS = 6
 """Largest number of documents whose seconds and forward passes are measured."""
 NUM_WRITTEN_DOCUMENTS = 2
 """Largest number of these for which the model also writes an answer itself."""
 NUM_DIGITS = 4
+PARTS = ("documents", "dialogs", "questions")
+"""Parts that are measured one after the other: the first one also has continuations, the last one
+plain answers."""
 
 Results = dict[str, Any]
 """Results as they are in the file."""
@@ -76,34 +79,45 @@ class Sizes:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, and write the file."""
+    """Parse the command line, measure part by part, and write the file after each."""
     command = sys.argv[1:] if arguments is None else list(arguments)
     options = _parse_options(command)
     install_log_handler()
     keep_freed_memory()
     torch.set_num_threads(1)
-    model = DuetModel.from_pretrained(options.model)
-    embed_items = open_two_tower_embedder(options.dual)
+    # Its encoders are beside it, which a symbolic link is not.
+    embed_items = open_two_tower_embedder(options.dual.resolve())
 
     def embed_by_dual(contents: list[Parts]) -> np.ndarray:
         return embed_items(contents, True)
 
-    start = time.monotonic()
+    embed_by_dual([("a dual encoder that cannot be opened fails here",)])
+    model = DuetModel.from_pretrained(options.model)
+    facts = {"name": options.name, "fingerprint": model.fingerprint}
+    path = options.to / f"{options.name}.json"
     sizes = Sizes(options.documents, options.dialogs, options.requests)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "corpora").symlink_to(options.data.resolve())
-        files = OfficialFiles(Path(folder))
-        results = measure(model, files, embed_by_dual=embed_by_dual, sizes=sizes)
-    content = {
-        "command": shlex.join(["python", "experiments/interleave/run.py", *command]),
-        "model": {"name": options.name, "fingerprint": model.fingerprint},
-        "machine": describe_machine(),
-        "minutes": round((time.monotonic() - start) / 60, 1),
-        "sizes": asdict(sizes),
-        **results,
-    }
-    options.to.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(options.to / f"{options.name}.json", format_results(content))
+    for part in options.parts:
+        start = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "corpora").symlink_to(options.data.resolve())
+            files = OfficialFiles(Path(folder))
+            results = measure_part(part, model, files, embed_by_dual=embed_by_dual, sizes=sizes)
+        run = {
+            "command": shlex.join(["python", "experiments/interleave/run.py", *command]),
+            "minutes": round((time.process_time() - start) / 60, 1),
+            **describe_machine(),
+        }
+        add_part(path, facts, part, results={"run": run, **results})
+
+
+def add_part(path: Path, model: Results, part: str, *, results: Results) -> None:
+    """Add the results of a part to a file, or replace them; other models' files are replaced."""
+    content: Results = {"model": model}
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        content = stored if stored["model"] == model else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, format_results(content | {part: results}))
 
 
 def _parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -117,34 +131,41 @@ def _parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=1000, help="largest number of documents")
     parser.add_argument("--dialogs", type=int, default=1000, help="largest number of dialogs")
     parser.add_argument("--requests", type=int, default=1000, help="largest number of requests")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     return parser.parse_args(arguments)
 
 
 # ------------------------------------------------------------------ measures
 
 
-def measure(
-    model: DuetModel, files: OfficialFiles, *, embed_by_dual: EmbedContents, sizes: Sizes
+def measure_part(
+    part: str,
+    model: DuetModel,
+    files: OfficialFiles,
+    *,
+    embed_by_dual: EmbedContents,
+    sizes: Sizes,
 ) -> Results:
-    """Return all results by their names in the file.
+    """Return the results of one of the `PARTS`.
 
     Raises:
         DataError: a corpus is missing.
     """
+    if part == "questions":
+        questions = load_question_set(files)
+        requests = evenly_spaced(questions.documents, sizes.requests)
+        return measure_text_after_images(model, replace(questions, documents=tuple(requests)))
+    if part == "dialogs":
+        dialogs = select_documents(load_dialog_set(files), sizes.dialogs)
+        results, _ = measure_retrieval(model, dialogs, embed_by_dual=embed_by_dual)
+        return results
     documents = select_documents(load_document_set(files), sizes.documents)
-    dialogs = select_documents(load_dialog_set(files), sizes.dialogs)
-    questions = load_question_set(files)
-    requests = evenly_spaced(questions.documents, sizes.requests)
-    questions = replace(questions, documents=tuple(requests))
-    results: Results = {}
-    results["documents"], answers = measure_retrieval(model, documents, embed_by_dual=embed_by_dual)
+    results, answers = measure_retrieval(model, documents, embed_by_dual=embed_by_dual)
     logger.info("continuations")
     continuations = measure_continuations(
         model, documents.documents, gallery=documents.gallery, answers=answers[OPERATION]
     )
-    results["continuations"] = asdict(continuations)
-    results["dialogs"], _ = measure_retrieval(model, dialogs, embed_by_dual=embed_by_dual)
-    return results | measure_text_after_images(model, questions)
+    return results | {"continuations": asdict(continuations)}
 
 
 def select_documents(search_set: SearchSet, count: int) -> SearchSet:
@@ -187,7 +208,7 @@ def measure_retrieval(
 
 
 def measure_text_after_images(model: DuetModel, questions: QuestionSet) -> Results:
-    """Return the results of ``questions`` and ``plain``."""
+    """Return the answers to questions, and ``plain``, the likelihoods of plain answers."""
     with tempfile.TemporaryDirectory() as folder:
         index = build_gallery_index(model, questions.gallery, Path(folder))
         logger.info(f"{len(questions.documents)} requests")
@@ -197,9 +218,8 @@ def measure_text_after_images(model: DuetModel, questions: QuestionSet) -> Resul
         ]
         index.close()
     logger.info("questions")
-    results = {"questions": asdict(measure_questions(model, questions, answers))}
-    plain_answers = measure_plain_answers(model, questions, answers)
-    return results | {"plain": asdict(plain_answers)}
+    results = asdict(measure_questions(model, questions, answers))
+    return results | {"plain": asdict(measure_plain_answers(model, questions, answers))}
 
 
 # ------------------------------------------------------------------ the file

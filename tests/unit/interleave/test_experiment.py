@@ -110,7 +110,10 @@ def test_everything_is_measured_and_reported(files, tmp_path, monkeypatch):
         return np.stack([sum(vectors[part] for part in content) for content in contents])
 
     sizes = run.Sizes(documents=2, dialogs=2, requests=3)
-    content = run.measure(model, files, embed_by_dual=embed_by_dual, sizes=sizes)
+    content = {
+        part: run.measure_part(part, model, files, embed_by_dual=embed_by_dual, sizes=sizes)
+        for part in run.PARTS
+    }
     documents = content["documents"]
     assert documents["numbers"] == [1, 2, 3] * 2 and documents["groups"] == [0] * 3 + [1] * 3
     assert {len(ranks) for ranks in documents["ranks"].values()} == {6}
@@ -126,18 +129,14 @@ def test_everything_is_measured_and_reported(files, tmp_path, monkeypatch):
     for passes, images in zip(written["passes"], written["images"], strict=True):
         assert passes <= limit + images
     assert content["dialogs"]["numbers"] == [1, 2, 3] * 2
-    nats = content["continuations"]["nats"]
+    nats = documents["continuations"]["nats"]
     assert len(nats["no image"]) == 6 and nats["no image"] != nats["retrieved image"]
     assert len(content["questions"]["correct"]["no image"]) == 3
-    facts = {
-        "command": "run",
-        "minutes": 1,
-        "model": {"name": "demo", "fingerprint": "0"},
-        "machine": run.describe_machine(),
-    }
-    text = run.format_results({**facts, **content})
-    assert max(len(line) for line in text.splitlines()) < 400
-    (tmp_path / "demo.json").write_text(text)
+    facts = {"command": "run", "minutes": 1, **run.describe_machine()}
+    path = tmp_path / "demo.json"
+    for part, results in content.items():
+        run.add_part(path, {"fingerprint": "0"}, part, results={"run": facts, **results})
+    assert max(len(line) for line in path.read_text().splitlines()) < 400
     report.main(["--results", str(tmp_path), "--to", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
     for method in methods:
