@@ -132,10 +132,7 @@ def align(
     if figure is not None:
         find_format(figure)  # before anything is computed
     records = _read_record(first), _read_record(second)
-    slices = (
-        *alignment.split_into_slices(records[0]),
-        *alignment.split_into_slices(records[1]),
-    )
+    slices = tuple(part for record in records for part in alignment.split_into_slices(record))
     if config is not None:
         run_config = load_run_config(config)
         recipe = run_config.recipe

@@ -18,7 +18,7 @@ CARD_NAME = "README.md"
 POSITIONS_KEY = "slice_positions"
 """Key of a model's provenance: in which of `SLICE_POSITIONS` embeddings were trained."""
 SLICE_POSITIONS = {"answers": "chat", "documents": "interleaved"}
-"""What has slices at whose ends embeddings can be trained -> the kind of its records."""
+"""Texts at the ends of whose slices embeddings can be trained -> the kind of their records."""
 TRAINING_FIELDS = {
     "config.recipe.name": str,
     "config.objectives": dict,
@@ -26,7 +26,7 @@ TRAINING_FIELDS = {
     "steps": int,
     "records": list,
 }
-"""What a training run writes into the provenance of its model, as far as a card has it."""
+"""Keys of the provenance that a training run writes, as far as a card needs them."""
 
 TEMPLATE = """\
 ---

@@ -104,10 +104,10 @@ def wrap_text(text: str, columns: int, max_lines: int) -> str:
     take none and stay with the character before them. Control characters become blanks.
     """
     lines = [""]
-    for word in _split_words(strip_control_characters(text)):
-        if count_columns(lines[-1] + word.rstrip()) > columns and lines[-1]:
+    for piece in _split_at_breaks(strip_control_characters(text)):
+        if count_columns(lines[-1] + piece.rstrip()) > columns and lines[-1]:
             lines.append("")
-        for character in word if lines[-1] else word.lstrip():
+        for character in piece if lines[-1] else piece.lstrip():
             if count_columns(lines[-1] + character) > columns and not character.isspace():
                 lines.append("")
             lines[-1] += character
@@ -120,19 +120,20 @@ def wrap_text(text: str, columns: int, max_lines: int) -> str:
     return "\n".join(lines)
 
 
-def _split_words(text: str) -> list[str]:
-    """Return the words of a text with the blanks behind them; a wide character is a word.
+def _split_at_breaks(text: str) -> list[str]:
+    """Return a text in pieces between which a line may be broken, each with the blanks behind it.
 
-    A wide comma, full stop or closing bracket belongs to the word before it.
+    They are words and wide characters. A wide comma, full stop or closing bracket belongs to the
+    piece before it.
     """
-    words = [""]
+    pieces = [""]
     for character in text:
-        begins_word = words[-1][-1:].isspace() and not character.isspace()
+        begins_piece = pieces[-1][-1:].isspace() and not character.isspace()
         is_wide = unicodedata.east_asian_width(character) in "WF"
-        if begins_word or (is_wide and unicodedata.category(character) not in CLOSING_CATEGORIES):
-            words.append("")
-        words[-1] += " " if character.isspace() else character
-    return words
+        if begins_piece or (is_wide and unicodedata.category(character) not in CLOSING_CATEGORIES):
+            pieces.append("")
+        pieces[-1] += " " if character.isspace() else character
+    return pieces
 
 
 def count_columns(text: str) -> int:

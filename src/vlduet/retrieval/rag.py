@@ -30,7 +30,7 @@ INTRODUCTION = (
 )
 
 Scope = Literal["last", "dialog"]
-"""What of a conversation is the query: its last message, or all of it (`select_query`)."""
+"""Part of a conversation that is the query: its last message, or all of it (`select_query`)."""
 Question = str | Iterable[Part] | Iterable[Message]
 """A question: a text, texts and images in order, or a conversation that ends with it."""
 

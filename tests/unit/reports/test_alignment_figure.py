@@ -78,9 +78,7 @@ def find_links(svg: ElementTree.Element) -> list[tuple[float, float, float]]:
 
 def test_figure_has_both_records_and_links_as_wide_as_their_weights() -> None:
     weights = [[1.0 + 1e-12, 0.0], [0.04, 0.3], [0.0, 0.8]]
-    svg = draw(
-        align((IMAGE, "$5 <b>or</b> $6?", "\x1b[31mBye.\n"), ("好。", IMAGE), weights)
-    )
+    svg = draw(align((IMAGE, "$5 <b>or</b> $6?", "\x1b[31mBye.\n"), ("好。", IMAGE), weights))
     texts = texts_of(svg)
     assert {"one", "二", "$5 <b>or</b> $6?", "好。"} <= set(texts)
     assert any(text.endswith("[31mBye.") for text in texts)
