@@ -50,7 +50,7 @@ class PausedChat:
     outputs: list[ChatOutput] = field(default_factory=list)
     """Images, and texts of a template, to deliver."""
     step: NextStep | None = None
-    """What the model does next; None until it is known."""
+    """Next step of the model; None until it is known."""
     images: list[PreparedImage] = field(default_factory=list)
     """Images that it reads next, which must pass the vision tower before."""
     error: Exception | None = None

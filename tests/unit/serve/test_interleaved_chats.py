@@ -156,7 +156,7 @@ def test_template_gets_an_image_at_every_place_and_nothing_is_generated(
 
 
 def test_image_without_a_url_is_not_retrieved(server: RunningServer) -> None:
-    """Of the group, four documents have an image with a URL, one without, and one has a text."""
+    """Four documents of the group have an image with a URL, one has one without, one a text."""
     options = {"template": "{image}" * 6, "where": {"group": "a"}}
     status, body = server.request(CHAT, chat_body(retrieval=options))
     assert status == 200
