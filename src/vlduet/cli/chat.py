@@ -22,6 +22,7 @@ THRESHOLD = "Lowest score of an image in interleaved answers, by default one for
 FEED_BACK = "Let the model read the images of interleaved answers, also in later turns."
 TEMPERATURE = "0 takes the likeliest token; higher values sample."
 SYSTEM = "Instruction for the whole conversation."
+END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def chat(
@@ -68,7 +69,7 @@ def chat(
     )
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in END_SIGNALS:
             # Closing the terminal must delete the copies of images, too.
             stack.callback(signal.signal, number, signal.signal(number, _exit_by_signal))
         opened = None if index is None else stack.enter_context(open_index(index))
@@ -86,5 +87,10 @@ def chat(
 
 
 def _exit_by_signal(number: int, frame: object) -> None:
-    """End the program with the exit status that shells give to a signal."""
+    """End the program with the exit status that shells give to a signal.
+
+    Further signals, such as those of a terminal that is closed, do not interrupt its cleanup.
+    """
+    for end_signal in END_SIGNALS:
+        signal.signal(end_signal, signal.SIG_IGN)
     raise SystemExit(128 + number)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from prompt_toolkit.output import DummyOutput
 from helpers import tiny
 from helpers.answer_script import AnswerScript
 from helpers.fake_embedder import paint, write_pairs
-from vlduet.cli import chat_commands, main, viewer
+from vlduet.cli import chat_commands, chat_terminal, main, viewer
+from vlduet.cli.chat import END_SIGNALS
 from vlduet.cli.chat_commands import ChatCommands, parse_path
 from vlduet.cli.chat_terminal import CommandCompleter, run_terminal
 from vlduet.data.records import ImageRef
@@ -110,6 +113,28 @@ def test_the_first_wrong_line_of_a_pipe_ends_the_program_with_status_1(
         assert len(script.prompts) == out.count("An answer.") <= 1
     assert run_main(monkeypatch, "", "--retrieve", "context") == 1
     assert "retrieval: there is no index" in capsys.readouterr().err
+
+
+def test_copies_of_images_are_deleted_when_the_terminal_is_closed(
+    script: AnswerScript, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(copies))
+    handlers = [signal.getsignal(number) for number in END_SIGNALS]
+
+    def close_terminal(commands: ChatCommands, lines: object) -> None:
+        commands.session.attach(paint(tmp_path / "red.png", (255, 0, 0)))
+        assert len(list(copies.glob("*/*.png"))) == 1
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # a second signal, during the cleanup
+
+    monkeypatch.setattr(chat_terminal, "run_lines", close_terminal)
+    assert run_main(monkeypatch, "") == 128 + signal.SIGHUP
+    assert not list(copies.iterdir())
+    assert [signal.getsignal(number) for number in END_SIGNALS] == handlers
 
 
 def test_wrong_commands_are_refused(commands: ChatCommands, capsys: Capture) -> None:
