@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vlduet.retrieval.filter_values import LIST_SUFFIX, Scalar
 from vlduet.retrieval.index import Index
 
-MAX_LISTED_VALUES = 50
+MAX_LISTED_VALUES = 100
 """Number of different values up to which all values of a field are listed."""
 MAX_VALUE_CHARS = 100
 """Length of a text beyond which a field holds prose, whose values are not listed."""
