@@ -132,7 +132,10 @@ def test_question_may_have_several_images(index: Index, model: Any, tmp_path: Pa
     paint(tmp_path / "blue.png", (0, 0, 255))
     question = ["hmm", red, "and", blue]
     prompt = prepare_prompt(index, model, (part for part in question), k=1)
-    assert prompt.sources[0] == search(index, model, question, k=1)[0]
+    expected = search(index, model, tuple(question), k=1)
+    assert search(index, model, question, k=1) == expected
+    assert search(index, model, (part for part in question), k=1) == expected
+    assert list(prompt.sources) == expected
     assert list(prompt.messages[0].parts[-4:]) == question
 
 
