@@ -58,11 +58,18 @@ def model() -> FakeWriter:
     return FakeWriter()
 
 
-@pytest.fixture
-def folder(tmp_path: Path, model: FakeWriter) -> Path:
-    """Return the folder of an index, beside the folder of its model."""
-    build_index(model, write_pairs(tmp_path / "source"), to=tmp_path / "index")
-    return tmp_path / "index"
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of the records of the index."""
+    return write_pairs(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    """Return the folder of an index of four images."""
+    to = tmp_path_factory.mktemp("built") / "index"
+    build_index(FakeWriter(), source, to=to)
+    return to
 
 
 Run = Callable[..., Result]
@@ -90,10 +97,10 @@ def page(tmp_path: Path) -> Path:
 
 
 def test_text_and_a_line_for_each_image_are_printed_and_the_page_has_both(
-    run: Run, page: Path, tmp_path: Path
+    run: Run, page: Path, source: Path
 ) -> None:
     lines = run().stdout.splitlines()
-    images = tmp_path / "source" / "images"
+    images = source.parent / "images"
     assert [line.split("  ")[0] for line in lines] == [
         "At dawn it rose.",
         "[1] red (1.000)",
@@ -166,12 +173,12 @@ def test_an_older_page_stays_if_there_is_no_complete_answer(
 
 
 def test_an_impossible_page_is_an_error_before_the_model_is_loaded(
-    run: Run, model: FakeWriter, page: Path, tmp_path: Path
+    run: Run, model: FakeWriter, page: Path, source: Path
 ) -> None:
     with pytest.raises(ConfigError, match="a folder, not a regular file"):
-        run("--to", tmp_path)
+        run("--to", source.parent)
     with pytest.raises(OSError):
-        run("--to", tmp_path / "source" / "records.jsonl" / "story.html")
+        run("--to", source / "story.html")
     held = FileLock(page.with_name(".story.html.lock"), is_singleton=False)
     page.parent.mkdir()
     with held, pytest.raises(LockError):
@@ -227,7 +234,7 @@ def test_examples_of_the_documentation_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    folder.rename(tmp_path / "runs" / "demo" / "index")
+    (tmp_path / "runs" / "demo" / "index").symlink_to(folder)
     for block in read_code_blocks(DOCUMENT):
         for command in split_commands(block):
             result = CliRunner().invoke(app, list(command.arguments[1:]), catch_exceptions=False)
