@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from helpers import tiny
 from vlduet.model.card import (
     CARD_NAME,
     describe_slice_positions,
@@ -73,11 +74,13 @@ def test_card_has_recipe_losses_and_sizes_and_no_path() -> None:
     assert "Recipe" not in format_card({**manifest, "provenance": {"config": 3}})
 
 
-def test_card_of_a_saved_model_may_be_edited(saved_folder: Path) -> None:
-    card = saved_folder / CARD_NAME
+def test_card_of_a_saved_model_may_be_edited(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny.build_duet_model(tmp_path / "base").save_pretrained(folder)
+    card = folder / CARD_NAME
     assert (
         "not recorded" in card.read_text() and "| Base | a local checkpoint |" in card.read_text()
     )
     card.write_text("Mine.")
-    assert find_damage(saved_folder)[0] == []
-    DuetModel.from_pretrained(saved_folder)
+    assert find_damage(folder)[0] == []
+    DuetModel.from_pretrained(folder)
