@@ -198,7 +198,8 @@ def check_image_index(index: Index, where: Where) -> None:
     if index.manifest.side == "text":
         fix = "Serve an index with images, built without --side text"
         raise RetrievalError("the index has texts and no images", fix=fix)
-    parse_where(index, where)
+    if index.count():  # an empty index knows no metadata, and its answers have no images
+        parse_where(index, where)
 
 
 def find_image(paused: PausedChat) -> Hit | None:
