@@ -123,6 +123,7 @@ def test_search_by_a_text_gives_the_hits_of_the_server_and_further_pages(
     assert wait_for_search(page, page.get_by_text("Next page").click)["offset"] == 24
     assert read_ids(page) == [hit["id"] for hit in hits[24:]]
     assert page.get_by_text("Next page").is_disabled()
+    assert page.evaluate("document.activeElement.title") == hits[24]["id"], "the focus is kept"
 
 
 def test_a_dropped_image_and_a_text_are_one_query(open_page: OpenPage) -> None:
@@ -184,7 +185,7 @@ def test_errors_of_the_server_are_explained(open_page: OpenPage) -> None:
     page.unroute("**/v1/search")
     page.get_by_role("searchbox").fill("data:image/png;base64,AAAA")
     page.get_by_role("searchbox").press("Enter")
-    page.get_by_text(re.compile("An image in the place of a text|an image in the place")).wait_for()
+    page.locator("#search-error").get_by_text(re.compile("^An image in the place of")).wait_for()
     assert page.locator("#search-error").get_attribute("role") == "alert"
 
 
@@ -245,6 +246,22 @@ def test_images_lie_on_pink_and_text_on_blue_and_are_sent_back(open_page: OpenPa
     parts = [{"type": "text", "text": HOSTILE}, {"type": "image_url", "image_url": {"url": url}}]
     content = bodies[1]["messages"][1]["content"]
     assert content == [*parts, {"type": "text", "text": "Then home.\n"}]
+
+
+def test_an_answer_of_the_server_gets_images_of_the_index(open_page: OpenPage) -> None:
+    page = open_page(part="chat").page
+    page.get_by_label("Retrieval").select_option("interleave")
+    page.get_by_text("Options").click()
+    page.get_by_label("Template").fill("A red square. {image} Then a blue one. {image}")
+    ask(page, "Which squares are there?")
+    flow = page.locator(".generated, .retrieved img")
+    tags = ["P", "IMG", "P", "IMG"]
+    assert flow.evaluate_all("all => all.map((e) => e.tagName)") == tags
+    images = page.locator(".retrieved img")
+    assert becomes_true(lambda: all(images.evaluate_all("all => all.map(i => i.naturalWidth)")))
+    ask(page, "And which others?")
+    assert page.locator("#chat-error").is_hidden(), "the server accepts what it sent"
+    assert images.count() == 4
 
 
 def test_sources_of_an_answer_can_be_opened(open_page: OpenPage) -> None:
@@ -315,9 +332,6 @@ def test_with_keys_the_page_asks_for_one_and_images_are_fetched_with_it(
 ) -> None:
     service = Service(Worker(duet), name="tiny", index=index)
     with RunningServer(service, api_keys=["s3cret"]) as server:
-        for path in PAGE_FILES:
-            assert server.send(path).status == 200
-        assert server.send("/page/none.js").status == 401
         watched = open_page(port=server.port, is_ready=False)
         page = watched.page
         for key in ("wrong", "s3cret"):
@@ -435,6 +449,14 @@ def test_files_of_the_page_have_strict_headers(server: RunningServer) -> None:
             assert rule in policy
     html = server.send("/").read().decode()
     assert "style=" not in html and not re.search(r"<script[^>]*>[^<]|\son\w+=", html)
+
+
+def test_files_of_the_page_need_no_key_and_nothing_else_is_public(duet: DuetModel) -> None:
+    with RunningServer(Service(Worker(duet), name="tiny"), api_keys=["s3cret"]) as server:
+        statuses = {path: server.send(path).status for path in PAGE_FILES}
+        assert statuses == dict.fromkeys(PAGE_FILES, 200)
+        for path in ("/page", "/page/", "/page/none.js", "/page/../docs", "/docs", "/v1/index"):
+            assert server.send(path).status == 401
 
 
 def test_index_is_described_and_after_an_update_anew(

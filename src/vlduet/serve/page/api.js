@@ -80,14 +80,14 @@ async function sendOnce(path, body, signal) {
 
 /** Return what a response with an error says, in a sentence for the user. */
 async function describeError(response) {
-  let message = "";
-  try {
-    message = (await response.json()).error.message;
-  } catch {
-    message = `The server answered with status ${response.status}.`;
-  }
   if (response.status === 413) return "The images are too large for one request. Use smaller ones.";
-  return capitalised(message);
+  try {
+    const { message, param } = (await response.json()).error;
+    // The path of the field in the request, which the page wrote and the user never saw.
+    return capitalised(message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message);
+  } catch {
+    return `The server answered with status ${response.status}.`;
+  }
 }
 
 function capitalised(text) {

@@ -144,6 +144,7 @@ async function search(first) {
 
 function showHits(hits) {
   const page = hits.slice(0, PAGE_SIZE);
+  const turnedPage = find("result-pages").contains(document.activeElement);
   find("results").replaceChildren(...page.map(makeCard));
   const hasNext = hits.length > PAGE_SIZE;
   let status = `Results ${offset + 1} to ${offset + page.length}`;
@@ -154,7 +155,7 @@ function showHits(hits) {
   find("previous-page").disabled = offset === 0;
   find("next-page").disabled = !hasNext || offset + PAGE_SIZE > MAX_OFFSET;
   find("page-number").textContent = `Page ${offset / PAGE_SIZE + 1}`;
-  if (offset > 0) find("results").scrollIntoView({ block: "nearest" });
+  if (turnedPage) find("results").querySelector("button")?.focus();
 }
 
 function makeCard(hit) {
