@@ -82,6 +82,10 @@ class RecordingIndex:
         """Raise RetrievalError unless the model built the index."""
         self.index.check_model(model)
 
+    def check_image_search(self, where: Where) -> None:
+        """Raise RetrievalError as `Index.check_image_search`."""
+        self.index.check_image_search(where)
+
     def search_vector(self, vector: Vectors, *, k: int, where: Where = None) -> list[Hit]:
         """Return the nearest documents, or the one that is prescribed."""
         self.vectors.append(vector)

@@ -38,7 +38,7 @@ from vlduet.integrity import (
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.filter_values import FILTER_VERSION
-from vlduet.retrieval.search import search_vector
+from vlduet.retrieval.search import check_image_search, search_vector
 from vlduet.retrieval.stores.base import ApproximateMode, IndexRow, VectorStore
 from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 
@@ -256,6 +256,7 @@ class Index:
         return index
 
     search_vector = search_vector
+    check_image_search = check_image_search
 
     @property
     def model_path(self) -> Path:

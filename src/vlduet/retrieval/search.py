@@ -229,6 +229,18 @@ def parse_where(index: Index, where: Where) -> tuple[Condition, ...]:
         raise RetrievalError(str(error), fix=fix) from error
 
 
+def check_image_search(index: Index, where: Where) -> None:
+    """Raise RetrievalError for an index of texts, or a filter on metadata that no document has.
+
+    An empty index knows no metadata: its filters are not checked.
+    """
+    if index.manifest.side == "text":
+        fix = "Use an index with images, built without --side text"
+        raise RetrievalError("the index has texts and no images", place=index.path, fix=fix)
+    if index.count():
+        parse_where(index, where)
+
+
 def _select_rows(
     rows: Sequence[ScoredRow], options: SearchOptions, like: IndexRow | None
 ) -> list[ScoredRow]:

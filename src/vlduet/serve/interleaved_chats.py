@@ -16,16 +16,13 @@ import numpy as np
 
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
-from vlduet.errors import ImageError, RetrievalError
-from vlduet.model.conversation import render_continuation
+from vlduet.errors import ImageError
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation.continuous import Delta, Request
-from vlduet.model.generation.interleave import NextStep, split_template
+from vlduet.model.generation.interleave import NextStep
 from vlduet.model.generation.slices import SliceEnd
-from vlduet.model.prompts import Renderer
-from vlduet.retrieval.filters import Where
 from vlduet.retrieval.index import Index
-from vlduet.retrieval.search import Hit, parse_where
+from vlduet.retrieval.search import Hit
 from vlduet.serve.chats import AnswerImage, ChatOutput, ChatRequest, Interleaving
 from vlduet.serve.index_images import format_image_url
 
@@ -187,19 +184,14 @@ class _UrlIndex:
         """Raise RetrievalError unless the model built the index."""
         self.index.check_model(model)
 
+    def check_image_search(self, where: Any) -> None:
+        """Raise RetrievalError as `Index.check_image_search`."""
+        self.index.check_image_search(where)
+
     def search_vector(self, vector: np.ndarray, *, k: int, where: Any) -> Sequence[Hit]:
         """Return hits as `Index.search_vector`, without images that have no URL."""
         hits = self.index.search_vector(vector, k=k, where=where)
         return [hit if format_image_url(hit.id) else replace(hit, image=None) for hit in hits]
-
-
-def check_image_index(index: Index, where: Where) -> None:
-    """Raise RetrievalError for an index of texts, or a filter on metadata that no document has."""
-    if index.manifest.side == "text":
-        fix = "Serve an index with images, built without --side text"
-        raise RetrievalError("the index has texts and no images", fix=fix)
-    if index.count():  # an empty index knows no metadata, and its answers have no images
-        parse_where(index, where)
 
 
 def find_image(paused: PausedChat) -> Hit | None:
@@ -213,9 +205,3 @@ def find_image(paused: PausedChat) -> Hit | None:
     return paused.interleaving.read_index(
         lambda index: answer.find_image(_UrlIndex(index), paused.vector)
     )
-
-
-def count_template_tokens(renderer: Renderer, template: str) -> int:
-    """Return the number of tokens of a template that the model reads after the first place."""
-    texts = split_template(template)[1:-1]
-    return sum(len(render_continuation(renderer, (text,))) for text in texts if text.strip())

@@ -23,7 +23,7 @@ from vlduet.model.embedding import find_visible_chars
 from vlduet.model.generation.continuous import ContinuousBatcher, Delta, Request, StepOutputs
 from vlduet.model.generation.slices import SliceEnd
 from vlduet.serve.chats import AnswerImage, ChatRequest
-from vlduet.serve.interleaved_chats import ImageSearches, PausedChat, count_template_tokens
+from vlduet.serve.interleaved_chats import ImageSearches, PausedChat
 
 MAX_CONCURRENT_CHATS = 8
 """Number of chats that are prepared or answered at the same time."""
@@ -390,9 +390,7 @@ def prepare_chat_sequence(
             sequence = renderer.render_chat(request.messages, add_generation_prompt=True)
         else:
             sequence = answer.render_prompt(renderer)
-            if answer.template:  # which is read instead of generated
-                num_tokens = max(1, count_template_tokens(renderer, answer.template))
-                request.max_new_tokens = answer.request.max_new_tokens = num_tokens
+            request.max_new_tokens = answer.request.max_new_tokens
     if len(sequence) + request.max_new_tokens > context_length:
         raise _too_long_error(str(len(sequence)), request, context_length)
     return sequence

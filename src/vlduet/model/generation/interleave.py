@@ -87,6 +87,9 @@ class ImageIndex(Protocol[HitT_co]):
     def check_model(self, model: Any) -> None:
         """Raise RetrievalError unless the model built the index."""
 
+    def check_image_search(self, where: Any) -> None:
+        """Raise RetrievalError for an index of texts, or a filter that fits no document."""
+
     def search_vector(self, vector: np.ndarray, *, k: int, where: Any) -> Sequence[HitT_co]:
         """Return the `k` documents nearest to an embedding, best first."""
 
@@ -208,11 +211,17 @@ class InterleavedAnswer:
     def render_prompt(self, renderer: Renderer) -> TokenSequence:
         """Return what the model reads first, and set the place that `request` reads there.
 
+        With a template, the limit of `request` becomes the number of tokens that are read later.
+
         Raises:
             DataError: no visible content, or the chat template refuses the turns.
             ImageError: an image cannot be decoded.
             ConfigError: the checkpoint has no usable chat template.
         """
+        if self.template:  # its texts are read instead of generated
+            texts = [text for text in self._texts[1:-1] if text.strip()]
+            num_tokens = sum(len(render_continuation(renderer, (text,))) for text in texts)
+            self.request.max_new_tokens = max(1, num_tokens)
         opening = self.opening_text
         if opening.strip():
             turns = (*self.messages, Message("assistant", (opening,)))
@@ -266,6 +275,8 @@ class InterleavedAnswer:
         image: tuple[Part, ...] = ()
         if hit is not None:
             self.used_ids.append(hit.id)
+            if len(self.used_ids) >= self.images.max_images:
+                self.request.slices = None  # no further pause
             if self.feed_back and hit.image is not None and not slice_end.is_last:
                 image = (hit.image,)
         text = ""
@@ -357,25 +368,27 @@ def interleave(
 
     Raises:
         ModelError: a model that only embeds, or whose embeddings are means over all tokens.
-        RetrievalError: an index of another model, or a filter on metadata that no document has.
+        RetrievalError: an index of another model or of texts, or a filter on metadata that no
+            document has.
         ConfigError: a template without ``{image}`` or with more than `images.max_images`, or a
             checkpoint without a chat template.
         DataError: a conversation that is too long or whose turns the chat template refuses.
         ImageError: an image of the conversation cannot be decoded.
     """
     index.check_model(model)
+    index.check_image_search(images.where)
     request = Request(max_new_tokens, sampling_params=SamplingParams(temperature))
     answer = InterleavedAnswer(
         model, tuple(messages), request, template=template, feed_back=feed_back, images=images
     )
     prompt = answer.render_prompt(model.renderer)
     if not answer.fits(0, prompt):
-        lengths = f"{len(prompt)} tokens and an answer of up to {max_new_tokens}"
+        lengths = f"{len(prompt)} tokens and an answer of up to {request.max_new_tokens}"
         limit = model.backbone.context_length
         raise DataError(
             f"{lengths}: the model's window is {limit}",
             place="messages",
-            fix="Give a shorter conversation, or a smaller max_new_tokens",
+            fix="Give a shorter conversation or template, or a smaller max_new_tokens",
         )
     return _run(answer, index, prompt)
 

@@ -4,6 +4,8 @@ const KEY_ITEM = "vlduet-key";
 const MAX_EVENT_CHARS = 1 << 24;
 
 let askForKey = async () => null;
+// The answer of the user that is waited for, or null.
+let pendingKey = null;
 
 /** An error with a message for the user. */
 export class ServerError extends Error {
@@ -44,17 +46,25 @@ export function isStopped(error) {
  */
 export async function send(path, { body, signal } = {}) {
   for (;;) {
-    const response = await sendOnce(path, body, signal);
+    const key = storedKey();
+    const response = await sendOnce(path, { body, signal, key });
     if (response.status !== 401) {
       if (!response.ok) throw new ServerError(await describeError(response), response.status);
       return response;
     }
-    const reason = storedKey() === null ? "" : "The server does not know this key.";
-    forgetKey();
-    const key = await askForKey(reason);
-    if (key === null) throw new ServerError("The server wants an API key.", 401);
-    sessionStorage.setItem(KEY_ITEM, key);
+    // Another request may have got a new key meanwhile.
+    if (storedKey() === key) await replaceKey(key);
   }
+}
+
+/** Ask the user for a key in the place of one that was refused; at once for all requests. */
+async function replaceKey(refusedKey) {
+  forgetKey();
+  const reason = refusedKey === null ? "" : "The server does not know this key.";
+  pendingKey ??= askForKey(reason).finally(() => { pendingKey = null; });
+  const key = await pendingKey;
+  if (key === null) throw new ServerError("The server wants an API key.", 401);
+  sessionStorage.setItem(KEY_ITEM, key);
 }
 
 /** Send a request and return the JSON of its response. */
@@ -63,9 +73,8 @@ export async function sendForJson(path, options) {
   return response.json();
 }
 
-async function sendOnce(path, body, signal) {
+async function sendOnce(path, { body, signal, key }) {
   const headers = {};
-  const key = storedKey();
   if (key !== null) headers.Authorization = `Bearer ${key}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const method = body === undefined ? "GET" : "POST";

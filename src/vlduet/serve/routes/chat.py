@@ -35,7 +35,6 @@ from vlduet.serve.content import (
     to_parts,
 )
 from vlduet.serve.index_images import UrlImages
-from vlduet.serve.interleaved_chats import check_image_index
 from vlduet.serve.openapi import describe_body
 from vlduet.serve.resources import Resources, await_while_connected, json_response
 from vlduet.serve.retrieval_options import (
@@ -402,7 +401,7 @@ async def _prepare_interleaving(
         return None
     assert isinstance(model, DuetModel)
     where = options.where
-    await resources.query_index(lambda index: check_image_index(index, where))
+    await resources.query_index(lambda index: index.check_image_search(where))
     entry = BatchEntry(
         body.max_new_tokens,
         sampling_params=body.sampling_params(),

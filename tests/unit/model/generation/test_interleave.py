@@ -10,7 +10,7 @@ import torch
 
 from helpers import tiny
 from vlduet.data.records import ImageRef, Message
-from vlduet.errors import ConfigError, DataError, ModelError
+from vlduet.errors import ConfigError, DataError, ModelError, RetrievalError
 from vlduet.model.conversation import render_conversation
 from vlduet.model.generation import interleave
 from vlduet.model.generation.continuous import ContinuousBatcher, Request
@@ -47,6 +47,10 @@ class FakeIndex:
 
     def check_model(self, model):
         pass
+
+    def check_image_search(self, where):
+        if where == "unknown=1":
+            raise RetrievalError("no document has the key unknown")
 
     def search_vector(self, vector, *, k, where):
         self.vectors.append(vector)
@@ -214,7 +218,7 @@ def test_an_image_that_does_not_fit_the_window_is_not_fed_back(model, script, mo
     assert "image-0: shown and not read" in caplog.text
 
 
-def test_a_broken_image_is_shown_and_does_not_end_the_answer(model, script, caplog):
+def test_a_broken_image_does_not_end_the_answer(model, script, caplog):
     broken = FakeHit("broken", ImageRef(data=b"no image"), 0.5)
     events = run(model, FakeIndex(broken), feed_back=True, max_new_tokens=99)
     (image,) = [event for event in events if isinstance(event, RetrievedImage)]
@@ -276,6 +280,8 @@ def test_concurrent_answers_equal_those_of_one_at_a_time(model):
     [
         ({"template": "no place"}, ConfigError, r"template: no place of an image"),
         ({"template": "{image}" * 9}, ConfigError, r"template: 9 places .* at most 8"),
+        ({"images": ImageOptions(where="unknown=1")}, RetrievalError, "the key unknown"),
+        ({"template": "{image}" + "a " * 5000 + "{image}"}, DataError, "answer of up to 9999"),
         ({"max_new_tokens": 1 << 20}, DataError, r"messages: .* the model's window is"),
     ],
 )
