@@ -41,6 +41,15 @@ HOSTILE = '<img src=x onerror="window.hacked=1"><b>bold</b>'
 HOSTILE_ID = "\"><script>window.hacked=1</script>/'#?&"
 NUM_DOCUMENTS = 30
 PHONE = (360, 740)
+REQUEST_WITH_AN_OLD_KEY = """
+async () => {
+  const { sendForJson } = await import("/page/api.js");
+  sessionStorage.setItem("vlduet-key", "old");
+  window.answers = Promise.all([1, 2, 3].map(() => sendForJson("v1/models")));
+  return null;
+}
+"""
+"""Script that sends three requests at once, all of which are refused until there is a new key."""
 
 
 def paint(colour: tuple[int, int, int]) -> bytes:
@@ -346,6 +355,10 @@ def test_with_keys_the_page_asks_for_one_and_images_are_fetched_with_it(
         assert source is not None and source.startswith("blob:")
         page.reload()
         page.wait_for_selector("#page-status", state="hidden")
+        page.evaluate(REQUEST_WITH_AN_OLD_KEY)
+        page.get_by_label("Key", exact=True).fill("s3cret")
+        page.get_by_label("Key", exact=True).press("Enter")
+        assert page.evaluate("window.answers.then((all) => all.length)") == 3
         with page.expect_navigation():
             page.get_by_role("button", name="Forget the key").click()
         page.get_by_label("Key", exact=True).wait_for()
