@@ -145,6 +145,8 @@ def format_searches(kind: str, searches: Results) -> list[str]:
     for method, ranks in searches["ranks"].items():
         hits = [np.array(ranks) <= k for k in (10, 1)]
         cells = [" / ".join(f"{100 * hit[mask].mean():.1f}" for hit in hits) for mask in masks]
+        overall = average_by_group(hits[0], searches["groups"], scale=100.0).estimate()
+        cells[-1] = f"{format_value(overall)} / {100 * hits[1].mean():.1f}"
         lines.append(f"| {method} | {' | '.join(cells)} |")
     chances = [np.array(searches["chance"][name]) for name in ("hit@10", "hit@1")]
     cells = [" / ".join(f"{100 * c[mask].mean():.1f}" for c in chances) for mask in masks]
