@@ -53,7 +53,7 @@ class RecordingRequest(Request):
     """Request that generates prescribed tokens and records the logits it was offered."""
 
     def __init__(self) -> None:
-        super().__init__(len(NEW_TOKENS))
+        super().__init__(max_new_tokens=1)
         self.logits: list[torch.Tensor] = []
 
     def sample_token(self, logits):
@@ -108,7 +108,8 @@ def test_states_and_logits_are_those_of_one_forward_pass(family, tmp_path):
         assert decoded_ids[: len(sequence)] == sequence.token_ids
         assert len(decoded_ids) <= len(sequence) + 2
     np.testing.assert_allclose(vectors, model.encode(turns), atol=1e-5)
-    request.generates = True
+    # The template is complete; the request goes on as one that writes.
+    request.generates, request.max_new_tokens = True, len(NEW_TOKENS)
     ending = render_continuation(model.renderer, (ENDING,))
     extend(model, batcher, request, ending)
     while batcher.requests:
