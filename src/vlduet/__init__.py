@@ -5,6 +5,7 @@ The public Python API. Names are imported on first use, so that ``import vlduet`
     model = vlduet.DuetModel.from_pretrained("models/nano")
     index = vlduet.Index.open("my-index", model)
     hits = vlduet.search(index, model, "a red car", k=5)
+    pieces = model.interleave([vlduet.Message("user", ("Tell a story.",))], index)
     answer = vlduet.ask(index, model, "Which animal can fly?")
     names = vlduet.classify(model, images, ["a cat", "a dog"]).predicted_labels
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vlduet.errors import VLDuetError
     from vlduet.eval.classification import Classification, classify
     from vlduet.model.duet import DuetModel
+    from vlduet.model.generation.interleave import ImageOptions, RetrievedImage, TextDelta
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.rag import Answer, ask
     from vlduet.retrieval.search import search
@@ -35,11 +37,14 @@ _SOURCE_BY_NAME = {
     "Answer": "vlduet.retrieval.rag:Answer",
     "Classification": "vlduet.eval.classification:Classification",
     "DuetModel": "vlduet.model.duet:DuetModel",
+    "ImageOptions": "vlduet.model.generation.interleave:ImageOptions",
     "ImageRef": "vlduet.data.records:ImageRef",
     "Index": "vlduet.retrieval.index:Index",
     "Message": "vlduet.data.records:Message",
     "Record": "vlduet.data.records:Record",
+    "RetrievedImage": "vlduet.model.generation.interleave:RetrievedImage",
     "RunConfig": "vlduet.config:RunConfig",
+    "TextDelta": "vlduet.model.generation.interleave:TextDelta",
     "VLDuetError": "vlduet.errors:VLDuetError",
     "ask": "vlduet.retrieval.rag:ask",
     "classify": "vlduet.eval.classification:classify",
@@ -52,11 +57,14 @@ __all__ = [
     "Answer",
     "Classification",
     "DuetModel",
+    "ImageOptions",
     "ImageRef",
     "Index",
     "Message",
     "Record",
+    "RetrievedImage",
     "RunConfig",
+    "TextDelta",
     "VLDuetError",
     "__version__",
     "ask",
