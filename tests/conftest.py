@@ -27,11 +27,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_report_header() -> str:
     """Print which mutants the tests include, so that a failure can be repeated."""
-    from mutants.mutation import count_dozens, current_dozen, load_mutants
+    from mutants.mutation import count_groups, current_group, load_mutants
 
     mutants = load_mutants()
-    number = current_dozen(mutants)
-    return f"mutants: VLDUET_MUTANTS={number} of {count_dozens(mutants)} dozens"
+    number = current_group(mutants)
+    return f"mutants: VLDUET_MUTANTS={number} of {count_groups(mutants)} groups"
 
 
 FAMILIES = [

@@ -6,7 +6,7 @@ Raising a limit needs a line of reason beside it, in the same commit.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 
 import pytest
@@ -82,21 +82,21 @@ def repository_name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     """Return the syntax tree of a file."""
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def iterate_functions(path: Path) -> Iterator[tuple[FunctionNode, ast.ClassDef | None]]:
-    """Yield every function of a file with the class that it is a method of, or None."""
-    module = parse(path)
+@functools.cache
+def list_functions(path: Path) -> list[tuple[FunctionNode, ast.ClassDef | None]]:
+    """Return every function of a file with the class that it is a method of, or None."""
+    nodes = list(ast.walk(parse(path)))
     owners: dict[int, ast.ClassDef] = {}
-    for node in ast.walk(module):
+    for node in nodes:
         if isinstance(node, ast.ClassDef):
             owners |= {id(item): node for item in node.body}
-    for node in ast.walk(module):
-        if isinstance(node, FunctionNode):
-            yield node, owners.get(id(node))
+    return [(node, owners.get(id(node))) for node in nodes if isinstance(node, FunctionNode)]
 
 
 def count_lines(function: FunctionNode) -> int:
@@ -148,7 +148,7 @@ def test_a_file_has_at_most_500_lines(path: Path) -> None:
 @pytest.mark.parametrize("path", all_files(), ids=repository_name)
 def test_a_function_is_short(path: Path) -> None:
     problems = []
-    for function, _ in iterate_functions(path):
+    for function, _ in list_functions(path):
         place = f"{repository_name(path)}:{function.lineno}: {function.name}"
         if (num_lines := count_lines(function)) > MAX_FUNCTION_LINES:
             problems.append(f"{place}: {num_lines} lines, limit {MAX_FUNCTION_LINES}")
@@ -164,7 +164,7 @@ def test_a_function_has_few_parameters(path: Path) -> None:
     problems = []
     is_command_file = path.parent.name == "cli"
     limit = MAX_COMMAND_OPTIONS if is_command_file else MAX_PARAMETERS
-    for function, owner in iterate_functions(path):
+    for function, owner in list_functions(path):
         if has_fixed_signature(function, owner):
             continue
         place = f"{package_name(path)}:{function.lineno}: {function.name}"
@@ -183,7 +183,7 @@ def test_a_function_has_few_parameters(path: Path) -> None:
 @pytest.mark.parametrize("path", package_files(), ids=package_name)
 def test_no_function_takes_arbitrary_keyword_arguments(path: Path) -> None:
     problems = []
-    for function, owner in iterate_functions(path):
+    for function, owner in list_functions(path):
         if function.args.kwarg is not None and not has_fixed_signature(function, owner):
             problems.append(f"{package_name(path)}:{function.lineno}: {function.name}")
     assert not problems, "these functions hide their parameters in **kwargs: " + str(problems)

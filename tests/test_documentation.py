@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ COMMANDS = read_commands(DOCUMENTS, program="vlduet")
 MAKE_COMMANDS = read_commands(DOCUMENTS, program="make")
 
 
+@functools.cache
 def command_tree() -> Any:
     """Return the typer application as the command tree that it parses with."""
     import typer

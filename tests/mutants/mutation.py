@@ -19,7 +19,7 @@ import yaml
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 PACKAGE = ROOT / "src" / "vlduet"
-MUTANTS_PER_DOZEN = 12
+MUTANTS_PER_GROUP = 6
 
 
 class MutantError(Exception):
@@ -85,31 +85,31 @@ def apply_mutant(mutant: Mutant | None, folder: Path, *, package: Path = PACKAGE
     return folder
 
 
-def count_dozens(mutants: list[Mutant]) -> int:
-    """Return the number of groups of about a dozen mutants; at least 1."""
-    return max(1, round(len(mutants) / MUTANTS_PER_DOZEN))
+def count_groups(mutants: list[Mutant]) -> int:
+    """Return the number of groups of about MUTANTS_PER_GROUP mutants; at least 1."""
+    return max(1, round(len(mutants) / MUTANTS_PER_GROUP))
 
 
-def select_dozen(mutants: list[Mutant], number: int) -> list[Mutant]:
-    """Return every n-th mutant from `number` on, n being the number of dozens.
+def select_group(mutants: list[Mutant], number: int) -> list[Mutant]:
+    """Return every n-th mutant from `number` on, n being the number of groups.
 
-    Neighbours are of one area, so that a dozen has mutants of nearly all areas.
+    Neighbours are of one area, so that a group has mutants of nearly all areas.
     """
-    return mutants[number :: count_dozens(mutants)]
+    return mutants[number :: count_groups(mutants)]
 
 
-def current_dozen(mutants: list[Mutant]) -> int:
-    """Return the number of the dozen that ``make test`` runs, from 0.
+def current_group(mutants: list[Mutant]) -> int:
+    """Return the number of the group that ``make test`` runs, from 0.
 
     It is VLDUET_MUTANTS if that is set, else the hash of the checked-out commit, modulo the number
-    of dozens; 0 outside of a git repository.
+    of groups; 0 outside of a git repository.
     """
     variable = os.environ.get("VLDUET_MUTANTS")
     if variable is not None:
-        return int(variable) % count_dozens(mutants)
+        return int(variable) % count_groups(mutants)
     command = ["git", "rev-parse", "HEAD"]
     try:
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
         return 0
-    return int(process.stdout or "0", 16) % count_dozens(mutants)
+    return int(process.stdout or "0", 16) % count_groups(mutants)

@@ -1,6 +1,6 @@
 """Apply every mutant and run the test that must detect it: ``make mutants``.
 
-    PYTHONPATH=tests python -m mutants.run [--only AREA[,AREA]] [--dozen NUMBER] [--workers 2]
+    PYTHONPATH=tests python -m mutants.run [--only AREA[,AREA]] [--group NUMBER] [--workers 2]
 
 1. Every test that a mutant names must pass with the package as it is.
 2. Every mutant must make its test fail.
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants.mutation import Mutant, MutantError, apply_mutant, load_mutants, select_dozen
+from mutants.mutation import Mutant, MutantError, apply_mutant, load_mutants, select_group
 from mutants.processes import Outcome, PytestRun, run_test
 
 
@@ -57,12 +57,12 @@ def run_mutant(mutant: Mutant) -> Verdict:
     return Verdict(mutant, "ERROR", f"{run.outcome.value}\n{run.output}")
 
 
-def select_mutants(areas: str | None, dozen: int | None) -> list[Mutant]:
-    """Return the mutants of some areas (separated by commas), or of one dozen, or all."""
+def select_mutants(areas: str | None, group: int | None) -> list[Mutant]:
+    """Return the mutants of some areas (separated by commas), or of one group, or all."""
     mutants = load_mutants()
     if areas is not None:
         mutants = [mutant for mutant in mutants if mutant.area in areas.split(",")]
-    return mutants if dozen is None else select_dozen(mutants, dozen)
+    return mutants if group is None else select_group(mutants, group)
 
 
 def print_table(verdicts: Iterable[Verdict]) -> None:
@@ -78,10 +78,10 @@ def main() -> int:
     """Run the mutants of the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--only", metavar="AREAS", help="areas, such as train,model")
-    parser.add_argument("--dozen", type=int, help="only one dozen, numbered from 0")
+    parser.add_argument("--group", type=int, help="only one group, numbered from 0")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    mutants = select_mutants(options.only, options.dozen)
+    mutants = select_mutants(options.only, options.group)
     tests = sorted({mutant.test for mutant in mutants})
     start = time.monotonic()
     print(f"{len(mutants)} mutants; first their {len(tests)} tests without any error", flush=True)

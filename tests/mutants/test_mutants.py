@@ -1,6 +1,6 @@
-"""A dozen of the mutants, another one for every commit, and the form of all of them.
+"""A group of the mutants, another one for every commit, and the form of all of them.
 
-``VLDUET_MUTANTS=3 make test ARGS=tests/mutants`` runs dozen 3; ``make mutants`` runs all of them.
+``VLDUET_MUTANTS=3 make test ARGS=tests/mutants`` runs group 3; ``make mutants`` runs all of them.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from mutants.mutation import (
     Mutant,
     MutantError,
     apply_mutant,
-    count_dozens,
-    current_dozen,
+    count_groups,
+    current_group,
     load_mutants,
-    select_dozen,
+    select_group,
 )
 from mutants.processes import Outcome, run_test
 
 MUTANTS = load_mutants()
-DOZEN = current_dozen(MUTANTS)
+GROUP = current_group(MUTANTS)
 MIN_MUTANTS = 60
 MIN_MUTANTS_PER_AREA = 2
 
 
-@pytest.mark.parametrize("mutant", select_dozen(MUTANTS, DOZEN), ids=str)
+@pytest.mark.parametrize("mutant", select_group(MUTANTS, GROUP), ids=str)
 def test_the_test_of_a_mutant_detects_it(mutant: Mutant, tmp_path: Path) -> None:
     run = run_test(mutant.test, apply_mutant(mutant, tmp_path))
-    assert run.outcome is Outcome.FAILED, f"dozen {DOZEN}: {mutant.test}\n{run.output}"
+    assert run.outcome is Outcome.FAILED, f"group {GROUP}: {mutant.test}\n{run.output}"
 
 
 def test_every_mutant_fits_the_sources_and_names_a_test() -> None:
@@ -55,16 +55,16 @@ def test_there_are_sixty_mutants_and_two_of_every_area() -> None:
         assert folder == mutant.area, mutant
 
 
-def test_the_dozens_are_all_mutants_once() -> None:
-    dozens = [select_dozen(MUTANTS, number) for number in range(count_dozens(MUTANTS))]
-    mutants = [mutant for dozen in dozens for mutant in dozen]
+def test_the_groups_are_all_mutants_once() -> None:
+    groups = [select_group(MUTANTS, number) for number in range(count_groups(MUTANTS))]
+    mutants = [mutant for group in groups for mutant in group]
     assert sorted(map(str, mutants)) == sorted(map(str, MUTANTS))
-    assert all(10 <= len(dozen) <= 14 for dozen in dozens)
+    assert all(5 <= len(group) <= 7 for group in groups)
 
 
-def test_the_variable_selects_a_dozen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_selects_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLDUET_MUTANTS", "1")
-    assert current_dozen(MUTANTS) == 1
+    assert current_group(MUTANTS) == 1
 
 
 def test_a_mutant_is_applied_to_a_copy(tmp_path: Path) -> None:
