@@ -64,7 +64,6 @@ def interleave(
     from vlduet.model.duet import DuetModel
     from vlduet.model.generation.interleave import IMAGE_SLOT, ImageOptions
     from vlduet.reports.story import Story, write_story
-    from vlduet.retrieval.filters import parse_conditions
     from vlduet.structured_files import require_regular_file
 
     for place, text in (("PROMPT", prompt), ("--template", template)):
@@ -79,8 +78,7 @@ def interleave(
     # All before the model is loaded, so that a wrong option does not cost an answer.
     require_regular_file(to, error_class=ConfigError)
     with lock_output(to), open_index(folder) as opened:
-        if where and opened.count():
-            parse_conditions(where, opened.manifest.fields)
+        opened.check_image_search(where)
         loaded = DuetModel.from_pretrained(model)
         torch.manual_seed(0)
         pieces = loaded.interleave(

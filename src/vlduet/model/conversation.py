@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ANCHOR_ROLE = "conversation"
 UNLIMITED_TOKENS = 1 << 40
+"""Limit of a sequence that is not cut."""
 
 
 def is_conversation(item: Part | Parts | Conversation) -> TypeGuard[Conversation]:

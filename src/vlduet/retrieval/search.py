@@ -199,7 +199,7 @@ def _find_rows(
     """
     if where and not index.count():
         return []  # an empty index knows no metadata key, so every filter would be an error
-    conditions = parse_where(index, where)
+    conditions = _parse_where(index, where)
     num_wanted = options.offset + k
     limit = num_wanted + (like is not None)
     while True:
@@ -213,7 +213,7 @@ def _find_rows(
         limit *= 4  # documents of identical content took places
 
 
-def parse_where(index: Index, where: Where) -> tuple[Condition, ...]:
+def _parse_where(index: Index, where: Where) -> tuple[Condition, ...]:
     """Return the conditions of a filter; raise RetrievalError as `parse_conditions`.
 
     A key that an index of an earlier version cannot be filtered by is named as such.
@@ -229,16 +229,21 @@ def parse_where(index: Index, where: Where) -> tuple[Condition, ...]:
         raise RetrievalError(str(error), fix=fix) from error
 
 
-def check_image_search(index: Index, where: Where) -> None:
-    """Raise RetrievalError for an index of texts, or a filter on metadata that no document has.
+def check_where(index: Index, where: Where) -> None:
+    """Raise RetrievalError for a filter that is malformed or on metadata that no document has.
 
     An empty index knows no metadata: its filters are not checked.
     """
+    if index.count():
+        _parse_where(index, where)
+
+
+def check_image_search(index: Index, where: Where) -> None:
+    """Raise RetrievalError for an index of texts, and as `check_where`."""
     if index.manifest.side == "text":
         fix = "Use an index with images, built without --side text"
         raise RetrievalError("the index has texts and no images", place=index.path, fix=fix)
-    if index.count():
-        parse_where(index, where)
+    check_where(index, where)
 
 
 def _select_rows(

@@ -7,13 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vlduet.errors import DataError
-from vlduet.model.generation.interleave import ImageOptions
+from vlduet.model.generation.interleave import DEFAULT_IMAGES, ImageOptions
 from vlduet.retrieval.rag import Scope
 from vlduet.serve.content import MAX_IMAGES, MAX_TEXT_CHARS
 from vlduet.serve.schemas import Where
-
-DEFAULT_MAX_IMAGES = 8
-"""Number of images of an answer whose request gives none."""
 
 
 class RetrievalFields(BaseModel):
@@ -61,7 +58,8 @@ class InterleavedRetrieval(RetrievalFields):
     def image_options(self) -> ImageOptions:
         """Return which images the answer gets; raise DataError for a template with a threshold."""
         if self.template is None:
-            return ImageOptions(self.threshold, self.where, self.max_images or DEFAULT_MAX_IMAGES)
+            max_images = self.max_images or DEFAULT_IMAGES.max_images
+            return ImageOptions(self.threshold, self.where, max_images)
         if self.threshold is not None:
             fix = "Leave it out: every place of a template gets the best image"
             raise DataError("a threshold for a template", place="retrieval.threshold", fix=fix)

@@ -18,6 +18,7 @@ from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.records import extract_images
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import DataError
+from vlduet.model.conversation import UNLIMITED_TOKENS
 from vlduet.model.duet import DuetModel
 from vlduet.model.embedding import find_visible_chars
 from vlduet.model.generation.continuous import ContinuousBatcher, Delta, Request, StepOutputs
@@ -27,7 +28,6 @@ from vlduet.serve.interleaved_chats import ImageSearches, PausedChat
 
 MAX_CONCURRENT_CHATS = 8
 """Number of chats that are prepared or answered at the same time."""
-UNLIMITED_TOKENS = 1 << 40
 
 
 class ChatScheduler:

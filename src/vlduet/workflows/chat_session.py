@@ -23,9 +23,9 @@ from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.errors import ConfigError, DataError, ImageError, RetrievalError, quote_value
 from vlduet.logs import logger
 from vlduet.model.generation.inputs import require_lm_head
-from vlduet.retrieval.filters import Where, parse_conditions
+from vlduet.retrieval.filters import Where
 from vlduet.retrieval.rag import Scope, add_references, prepare_prompt
-from vlduet.retrieval.search import Hit, SearchOptions
+from vlduet.retrieval.search import Hit, SearchOptions, check_where
 from vlduet.retrieval.search import search as find_hits
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ class ChatSession:
                 if is_used:
                     fix = "Name an index: vlduet chat MODEL --index INDEX"
                     raise ConfigError("there is no index", place=place, fix=fix)
-        elif self.index.count():  # an empty index knows no metadata key
-            parse_conditions(settings.where, self.index.manifest.fields)
+        else:
+            check_where(self.index, settings.where)
         if _token_limit(self.model, settings.max_new_tokens) < 1:
             window = self.model.backbone.context_length
             message = f"{settings.max_new_tokens}, and the model's window is {window} tokens"

@@ -14,6 +14,7 @@ from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 from helpers import pages, tiny
+from helpers.command_line import invoke
 from helpers.documents import read_code_blocks, split_commands
 from helpers.fake_embedder import FakeModel, paint, write_pairs
 from vlduet.cli.main import app
@@ -80,15 +81,11 @@ def run(monkeypatch: pytest.MonkeyPatch, model: FakeWriter, folder: Path, tmp_pa
     """Run the command with the page tmp_path/to/story.html; raise its errors."""
     monkeypatch.setattr(DuetModel, "from_pretrained", lambda path: model)
 
-    def invoke(*options: object, prompt: str = "Tell a story.") -> Result:
+    def run_interleave(*options: object, prompt: str = "Tell a story.") -> Result:
         to = () if "--to" in options else ("--to", tmp_path / "to" / "story.html")
-        arguments = ["interleave", tmp_path / "model", folder, prompt, *to, *options]
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if isinstance(result.exception, Exception):
-            raise result.exception
-        return result
+        return invoke("interleave", tmp_path / "model", folder, prompt, *to, *options)
 
-    return invoke
+    return run_interleave
 
 
 @pytest.fixture

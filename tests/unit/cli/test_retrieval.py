@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from helpers import tiny
+from helpers.command_line import invoke
 from helpers.fake_embedder import COLOURS, FakeModel, paint, write_pairs, write_records
 from vlduet.cli.main import app
 from vlduet.data.quarantine import quarantine_path
@@ -37,12 +38,6 @@ def run(monkeypatch: pytest.MonkeyPatch, model: FakeModel) -> Run:
 
     monkeypatch.setattr(dual, "open_embedder", open_model)
     monkeypatch.setattr(DuetModel, "from_pretrained", open_model)
-
-    def invoke(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if isinstance(result.exception, Exception):
-            raise result.exception
-        return result
 
     return invoke
 

@@ -162,8 +162,8 @@ class NextStep:
 class InterleavedAnswer:
     """One answer with images: what is searched, and what the model reads next.
 
-    Its methods need no lock and no thread of their own: `embed` runs the embedding head in the
-    model's thread, `find_image` may run in another one.
+    `embed` runs the embedding head and belongs in the thread of the model. `find_image` and
+    `advance` need no weights and may run in another one, while the request is paused.
 
     Raises:
         ConfigError: a template without a place of an image, or with more than `max_images`.
@@ -238,8 +238,8 @@ class InterleavedAnswer:
     def find_image(self, index: ImageIndex[HitT], vector: np.ndarray) -> HitT | None:
         """Return the best document with an image that the answer does not have, or None.
 
-        None also where it is below the threshold, or the answer has `max_images`. Without a
-        template; the places of a template have no threshold. Raises RetrievalError for a filter.
+        None also where its score is below the threshold, which the places of a template do not
+        have, or where the answer has `max_images`. Raises RetrievalError for a filter.
         """
         if len(self.used_ids) >= self.images.max_images:
             return None

@@ -1,4 +1,4 @@
-"""Offline generation: a batch of prompts from begin to end, without requests that join later."""
+"""Offline generation: a batch of prompts from beginning to end; no request joins it later."""
 
 from __future__ import annotations
 
